@@ -1,0 +1,193 @@
+"""What no type can say: ranges, choices and combinations of config values. Pure: touches no file."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+
+from conf.schema import LENGTHS, TECHNIQUES, Config
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.dtype": ("float32", "bfloat16", "float16"),
+    "training.lr_scheduler": ("cosine", "linear", "constant", "constant_with_warmup"),
+    "parallel.strategy": ("ddp",),
+    "data.name": ("arithmetic", "gsm8k", "hh_rlhf"),
+    "cluster.scheduler": ("slurm", "local", "auto"),
+}
+AT_LEAST: dict[str, float] = {
+    "training.effective_batch_size": 1,
+    "training.per_device_train_batch_size": 1,
+    "training.max_length": 2,
+    "training.warmup_steps": 0,
+    "training.weight_decay": 0,
+    "checkpointing.save_steps": 1,
+    "checkpointing.save_total_limit": 1,
+    "checkpointing.inference_checkpoint_steps": 1,
+    "slurm.num_nodes": 1,
+    "slurm.gpus_per_node": 0,
+    "slurm.cpus_per_gpu": 1,
+    "slurm.signal_time_seconds": 1,
+    "slurm.max_failures": 1,
+    "logging.steps": 1,
+    "data.held_out": 1,
+    "data.max_samples": 1,
+    "parallel.timeout_minutes": 1,
+}
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*")
+
+
+class ConfigError(ValueError):
+    """A config value that cannot be used. Its text names the key, the value, what is allowed and the fix."""
+
+    def __init__(self, key: str, value: object, problem: str, fix: str) -> None:
+        self.key, self.value, self.problem, self.fix = key, value, problem, fix
+        shown = "null" if value is None else value
+        super().__init__(f"{key}={shown}: {problem}\n  fix: {fix}")
+
+
+def nearest(word: str, valid: Iterable[str]) -> str:
+    """The valid word most like `word`, as ' did you mean ...?', or the list of all."""
+    options = sorted(valid)
+    close = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(options)}"
+
+
+def parse_wall_time(text: str) -> int:
+    """Seconds of a SLURM time limit: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S (man sbatch, --time).
+
+    Raises ConfigError when it is none of them or is zero.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", str(text).strip())
+    if match:
+        days, *rest = match.groups()
+        parts = [int(p) for p in rest if p is not None]
+        if days is not None:
+            hours, minutes, seconds = (parts + [0, 0])[:3]
+        elif len(parts) == 3:
+            hours, minutes, seconds = parts
+        else:
+            hours, minutes, seconds = 0, *(parts + [0])[:2]
+        total = ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+        in_range = seconds < 60 and (len(parts) < 3 or minutes < 60)
+        if total > 0 and in_range:
+            return total
+    raise ConfigError("slurm.wall_time", text, "not a time limit", "write minutes, HH:MM:SS or D-HH:MM:SS, as in 04:00:00")
+
+
+def lookup(cfg: Config, dotted: str) -> object:
+    """The value at a dotted key."""
+    value: object = cfg
+    for part in dotted.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def tasks_per_node(cfg: Config) -> int:
+    """One task a GPU; one CPU task where a node has none."""
+    return max(1, cfg.slurm.gpus_per_node)
+
+
+def world_size(cfg: Config) -> int:
+    """Ranks of a job."""
+    return cfg.slurm.num_nodes * tasks_per_node(cfg)
+
+
+def accumulation_steps(cfg: Config) -> int:
+    """Forward passes per optimizer step on one rank, so that their product is the effective batch size."""
+    return cfg.training.effective_batch_size // (cfg.training.per_device_train_batch_size * world_size(cfg))
+
+
+def check_run(cfg: Config) -> None:
+    """Refuse a stage's config that cannot work. Raises ConfigError for the first problem found."""
+    if cfg.stage not in TECHNIQUES:
+        raise ConfigError("stage", cfg.stage, "no such stage", nearest(cfg.stage, TECHNIQUES))
+    for name, options in CHOICES.items():
+        value = lookup(cfg, name)
+        if value not in options:
+            raise ConfigError(name, value, f"must be one of {', '.join(options)}", nearest(str(value), options))
+    for name, least in AT_LEAST.items():
+        value = lookup(cfg, name)
+        if isinstance(value, int | float) and value < least:
+            raise ConfigError(name, value, f"must be at least {least:g}", f"{name}={least:g}")
+    for target in cfg.logging.report_to:
+        if target not in ("tensorboard", "wandb"):
+            raise ConfigError("logging.report_to", target, "unknown", nearest(target, ("tensorboard", "wandb")))
+    if cfg.run_name is not None and not NAME.fullmatch(cfg.run_name):
+        raise ConfigError("run_name", cfg.run_name, "is used as a folder's name", "use letters, digits and . _ - = , +")
+    _check_slurm(cfg)
+    _check_model(cfg)
+    if cfg.stage != "eval":
+        _check_length(cfg)
+        _check_batch(cfg)
+    if cfg.stage == "ppo":
+        reward = cfg.ppo.reward
+        if not (reward.correct or reward.format or reward.random or cfg.ppo.reward_model_weight):
+            raise ConfigError("ppo.reward", "all 0", "nothing is rewarded", "give ppo.reward.correct or ppo.reward_model_weight")
+
+
+def _check_slurm(cfg: Config) -> None:
+    limit = parse_wall_time(cfg.slurm.wall_time)
+    lead = cfg.slurm.signal_time_seconds
+    if lead >= limit:
+        raise ConfigError(
+            "slurm.signal_time_seconds",
+            lead,
+            f"the job would be asked to stop before it starts: slurm.wall_time={cfg.slurm.wall_time} is {limit} s",
+            f"slurm.signal_time_seconds={max(1, limit // 10)} or a longer slurm.wall_time",
+        )
+    if cfg.slurm.mem is not None and not re.fullmatch(r"\d+[KMGT]?", cfg.slurm.mem):
+        raise ConfigError("slurm.mem", cfg.slurm.mem, "not an amount of memory", "write it as in 500G")
+    if cfg.cluster.scheduler == "local" and cfg.slurm.num_nodes != 1:
+        raise ConfigError("slurm.num_nodes", cfg.slurm.num_nodes, "cluster=local is one machine", "slurm.num_nodes=1")
+
+
+def _check_model(cfg: Config) -> None:
+    if cfg.model.hidden_size % cfg.model.num_heads:
+        raise ConfigError(
+            "model.num_heads", cfg.model.num_heads, f"must divide model.hidden_size={cfg.model.hidden_size}",
+            f"model.num_heads={_nearest_divisor(cfg.model.hidden_size, cfg.model.num_heads)}",
+        )  # fmt: skip
+    if cfg.stage == "base" and cfg.training.max_length > cfg.model.max_position_embeddings:
+        raise ConfigError(
+            "training.max_length", cfg.training.max_length,
+            f"the model has model.max_position_embeddings={cfg.model.max_position_embeddings}",
+            f"training.max_length={cfg.model.max_position_embeddings}",
+        )  # fmt: skip
+
+
+def _check_length(cfg: Config) -> None:
+    given = [name for name in LENGTHS if getattr(cfg.training, name) is not None]
+    names = ", ".join(LENGTHS)
+    if len(given) != 1:
+        shown = " and ".join(f"{n}={getattr(cfg.training, n)}" for n in given) or "none"
+        raise ConfigError("training", shown, f"exactly one of {names} says how long to train", "keep one, set the others to null")
+    value = getattr(cfg.training, given[0])
+    if value <= 0:
+        raise ConfigError(f"training.{given[0]}", value, "must be positive", f"training.{given[0]}=1")
+    if given[0] == "num_training_tokens" and cfg.stage in ("ppo", "grpo"):
+        raise ConfigError("training.num_training_tokens", value, f"{cfg.stage} samples its own tokens", "use training.max_steps")
+
+
+def _check_batch(cfg: Config) -> None:
+    batch, per_device, world = cfg.training.effective_batch_size, cfg.training.per_device_train_batch_size, world_size(cfg)
+    if batch % (per_device * world):
+        valid = [d for d in range(1, batch + 1) if batch % (d * world) == 0]
+        fix = (
+            f"training.per_device_train_batch_size={min(valid, key=lambda d: abs(d - per_device))}"
+            if valid
+            else f"training.effective_batch_size={max(1, round(batch / (per_device * world))) * per_device * world}"
+        )
+        raise ConfigError(
+            "training.effective_batch_size", batch,
+            f"must be a multiple of per_device_train_batch_size={per_device} x {world} ranks", fix,
+        )  # fmt: skip
+    if cfg.stage == "grpo" and batch % cfg.grpo.num_generations:
+        raise ConfigError(
+            "grpo.num_generations", cfg.grpo.num_generations, f"must divide training.effective_batch_size={batch}",
+            f"grpo.num_generations={_nearest_divisor(batch, cfg.grpo.num_generations)}",
+        )  # fmt: skip
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - wanted))

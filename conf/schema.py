@@ -1,0 +1,261 @@
+"""The configuration: one dataclass per group, one line of help with units per key.
+
+Hydra checks names and types against these classes; what no type can say is checked in `conf.check`.
+Nothing here imports torch, transformers or trl.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+CONFIG_VERSION = 1
+
+
+def key(default: Any, help: str) -> Any:
+    """A config key with its default and its line of help."""
+    if isinstance(default, list | dict) or hasattr(default, "__dataclass_fields__"):
+        return field(default_factory=lambda: _copy(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def _copy(value: Any) -> Any:
+    return type(value)(value) if isinstance(value, list | dict) else type(value)()
+
+
+# --------------------------------------------------------------------------------------------- groups
+
+
+@dataclass
+class Model:
+    name_or_path: str | None = key(None, "hub id or folder of the start model; null: built from the keys below")
+    dtype: str = key("bfloat16", "dtype of the weights while training: float32, bfloat16 or float16")
+    attn_implementation: str = key("sdpa", "attention kernel: sdpa, eager, flash_attention_2, ...")
+    tokenizer: str = key("bytes", "'bytes' (256 bytes, no file needed), or hub id or folder; a pretrained model brings its own")
+    chat_template: str | None = key("think_answer", "'think_answer', a path to a Jinja file, or null: the tokenizer's own")
+    hidden_size: int = key(128, "from scratch: width of the residual stream")
+    intermediate_size: int = key(512, "from scratch: width of the MLP")
+    num_layers: int = key(2, "from scratch: number of decoder layers")
+    num_heads: int = key(4, "from scratch: number of attention heads; must divide hidden_size")
+    max_position_embeddings: int = key(1024, "from scratch: longest sequence, tokens")
+    tie_word_embeddings: bool = key(True, "from scratch: input and output embeddings are one matrix")
+
+
+@dataclass
+class Data:
+    name: str = key("arithmetic", "what the records are: arithmetic (generated), gsm8k or hh_rlhf")
+    path: str | None = key(None, "file, folder (JSON, JSONL, .gz, CSV, Parquet) or hub id with the training records")
+    eval_path: str | None = key(None, "the same for held-out records; null: held_out records are kept from path")
+    held_out: int = key(1024, "records or problems never trained on, used by evaluation")
+    max_samples: int | None = key(None, "at most so many training records, after shuffling; null: all")
+    num_documents: int = key(38400, "arithmetic: documents for the base stage")
+    num_demonstrations: int = key(2000, "arithmetic: demonstrations for sft")
+    num_pairs: int = key(2000, "arithmetic: preference pairs for rm and dpo")
+    num_prompts: int = key(4000, "arithmetic: prompts for ppo and grpo")
+    worked_fraction: float = key(0.7, "arithmetic: share of base documents with worked columns, 0 to 1")
+    seed: int = key(0, "seed of generation, of the held-out split and of shuffling records")
+
+
+@dataclass
+class Training:
+    max_steps: int | None = key(None, "length in optimizer steps (exactly one of the four lengths is given)")
+    num_training_samples: int | None = key(None, "length in samples (prompts for ppo and grpo)")
+    num_training_tokens: int | None = key(None, "length in tokens of the prepared records; not for ppo and grpo")
+    num_train_epochs: float | None = key(None, "length in passes over the data")
+    effective_batch_size: int = key(64, "samples per optimizer step over all ranks (completions for ppo and grpo)")
+    per_device_train_batch_size: int = key(8, "samples per forward pass on one rank; accumulation is derived")
+    max_length: int = key(1024, "longest training sequence, tokens; longer ones are cut")
+    lr_scheduler: str = key("cosine", "learning-rate schedule: cosine, linear, constant or constant_with_warmup")
+    warmup_steps: int = key(0, "optimizer steps of linear warm-up")
+    weight_decay: float = key(0.0, "AdamW weight decay")
+    max_grad_norm: float = key(1.0, "gradient norm is clipped to this")
+    gradient_checkpointing: bool = key(False, "recompute activations in the backward pass to save memory")
+
+
+@dataclass
+class Checkpointing:
+    save_steps: int = key(500, "optimizer steps between full checkpoints")
+    save_total_limit: int = key(2, "full checkpoints kept")
+    inference_checkpoint_steps: int | None = key(None, "steps between models saved for inference only; null: none")
+
+
+@dataclass
+class Slurm:
+    partition: str | None = key(None, "SLURM partition; null: the cluster's default")
+    account: str | None = key(None, "account to charge")
+    qos: str | None = key(None, "quality of service")
+    num_nodes: int = key(1, "nodes of one job")
+    gpus_per_node: int = key(8, "GPUs and tasks on each node; 0: one CPU task a node")
+    gpu_type: str | None = key(None, "GRES type, as in --gpus-per-node=h100:8; null: any")
+    cpus_per_gpu: int = key(8, "CPU cores of each task")
+    mem: str | None = key(None, "memory of each node, as in 500G; null: the cluster's default")
+    wall_time: str = key("24:00:00", "time limit: minutes, HH:MM:SS or D-HH:MM:SS")
+    signal_time_seconds: int = key(300, "seconds before the wall time at which the job is asked to save and leave")
+    max_failures: int = key(3, "crashes without progress before a run gives up")
+    modules: list[str] = key([], "environment modules loaded in the job")
+    setup: list[str] = key([], "shell lines run in the job before Python starts (your text, taken as it is)")
+    env: dict[str, str] = key({}, "environment variables of the job; secrets belong in your own environment")
+    constraint: str | None = key(None, "node features wanted, as in --constraint")
+    exclude: str | None = key(None, "nodes not to be used, as in --exclude")
+    array_parallelism: int | None = key(None, "jobs of one sweep running at a time; null: no limit")
+
+
+@dataclass
+class Cluster:
+    name: str = key("auto", "auto, local, dev, h100 or your own file in conf/cluster/")
+    scheduler: str = key("auto", "slurm, local (this machine, no SLURM) or auto (slurm_cluster where SLURM answers)")
+    slurm_cluster: str = key("h100", "auto: the conf/cluster/ file taken where SLURM answers")
+    slurm_conf: str | None = key(None, "path exported as SLURM_CONF; null: the system's")
+    python: str | None = key(None, "Python of the jobs; null: the one that submits")
+
+
+@dataclass
+class Parallel:
+    strategy: str = key("ddp", "how ranks share the work: ddp")
+    backend: str | None = key(None, "torch.distributed backend; null: nccl with GPUs, else gloo")
+    timeout_minutes: int = key(30, "minutes a collective may take before the attempt is ended")
+
+
+@dataclass
+class Logging:
+    steps: int = key(10, "optimizer steps between log lines")
+    report_to: list[str] = key(["tensorboard"], "besides metrics.jsonl: tensorboard, wandb")
+
+
+@dataclass
+class Paths:
+    output_base: str = key("outputs", "folder of all pipelines; a run's folder is <output_base>/<run_name>/<stage>")
+
+
+@dataclass
+class Inputs:
+    model: str | None = key(None, "folder or hub id of the model to train; null: what the pipeline says")
+    reference: str | None = key(None, "folder or hub id of the frozen reference; null: what the pipeline says")
+    reward_model: str | None = key(None, "folder or hub id of the reward model; null: what the pipeline says")
+
+
+# ------------------------------------------------------------------------------------------ techniques
+
+
+@dataclass
+class Base:
+    lr: float = key(3e-4, "peak learning rate")
+
+
+@dataclass
+class Sft:
+    lr: float = key(2e-5, "peak learning rate")
+    packing: bool = key(False, "several samples in one row (best-fit decreasing); needs flash_attention_2")
+
+
+@dataclass
+class Rm:
+    lr: float = key(1e-5, "peak learning rate")
+    center_rewards_coefficient: float | None = key(None, "weight that pulls mean rewards to 0; null: off")
+
+
+@dataclass
+class Reward:
+    correct: float = key(1.0, "weight of the verifier: 1 for the right answer, else 0")
+    format: float = key(0.1, "weight of the format check: 1 for <think>...</think><answer>...</answer>, else 0")
+    random: float = key(0.0, "weight of a coin flip per completion: a control that must not teach anything")
+
+
+@dataclass
+class Ppo:
+    lr: float = key(1e-6, "peak learning rate of policy and value head")
+    reward: Reward = key(Reward(), "weights of the verifiable rewards")
+    reward_model_weight: float = key(0.0, "weight of the reward model's score; 0: no reward model is loaded")
+    kl_coef: float = key(0.05, "weight of the per-token KL penalty to the reference")
+    num_ppo_epochs: int = key(1, "passes over each rollout")
+    clip_range: float = key(0.2, "the policy ratio is clipped to 1 +- this")
+    value_coef: float = key(0.1, "weight of the value loss")
+    gamma: float = key(1.0, "discount per token")
+    lam: float = key(0.95, "GAE lambda")
+    temperature: float = key(1.0, "sampling temperature of rollouts")
+    max_completion_length: int = key(256, "longest completion, tokens")
+
+
+@dataclass
+class Dpo:
+    lr: float = key(1e-6, "peak learning rate")
+    beta: float = key(0.1, "strength of the pull to the reference")
+    loss_type: str = key("sigmoid", "loss of TRL's DPOTrainer: sigmoid, ipo, hinge, robust, ...")
+
+
+@dataclass
+class Grpo:
+    lr: float = key(1e-6, "peak learning rate")
+    reward: Reward = key(Reward(), "weights of the verifiable rewards")
+    num_generations: int = key(8, "completions per prompt; must divide effective_batch_size")
+    beta: float = key(0.0, "weight of the KL to the reference; 0: no reference is loaded")
+    temperature: float = key(1.0, "sampling temperature")
+    max_completion_length: int = key(256, "longest completion, tokens")
+    loss_type: str = key("dapo", "loss of TRL's GRPOTrainer: grpo, dr_grpo, dapo, bnpo, ...")
+
+
+@dataclass
+class Eval:
+    max_new_tokens: int = key(256, "longest answer, tokens")
+    batch_size: int = key(256, "prompts per generation batch")
+    num_problems: int = key(512, "held-out problems or records scored")
+    num_samples: int = key(3, "answers shown in the across-stages table")
+
+
+# ---------------------------------------------------------------------------------------------- graph
+
+
+@dataclass
+class Node:
+    """One stage in a pipeline's graph."""
+
+    stage: str = key(MISSING, "what it does: a file in conf/stage/")
+    model: str | None = key(None, "the stage whose output it trains or evaluates")
+    reference: str | None = key(None, "the stage whose output is its frozen reference; null: its own start model")
+    reward_model: str | None = key(None, "the stage whose output scores its samples")
+    after: list[str] = key([], "further stages that must be done first")
+    overrides: list[str] = key([], "Hydra overrides for this stage alone")
+
+
+@dataclass
+class Pipeline:
+    name: str = key("full", "name of the pipeline; its folder, unless run_name says otherwise")
+    stages: dict[str, Node] = key({}, "the graph: name -> stage")
+
+
+@dataclass
+class Config:
+    """Everything. `stage` names what a run does; `pipeline` is the graph that it is one stage of."""
+
+    stage: str = key("sft", "the stage to submit: base, sft, rm, ppo, dpo, grpo, eval, or a name in the pipeline")
+    run_name: str | None = key(None, "folder of this pipeline under paths.output_base; null: the pipeline's name")
+    seed: int = key(0, "seed of initialisation, data order, dropout and sampling")
+    offline: bool = key(False, "never ask a hub: models and data must be local files")
+    dry_run: bool = key(False, "print graph and scripts; write and submit nothing")
+    model: Model = key(Model(), "the model")
+    data: Data = key(Data(), "the records")
+    training: Training = key(Training(), "length, batch and optimizer")
+    checkpointing: Checkpointing = key(Checkpointing(), "what is saved, and when")
+    slurm: Slurm = key(Slurm(), "what each job asks for; under cluster=local wall time, signal and CPUs hold too")
+    cluster: Cluster = key(Cluster(), "where jobs run")
+    parallel: Parallel = key(Parallel(), "how ranks share the work")
+    logging: Logging = key(Logging(), "what is logged, and where to")
+    paths: Paths = key(Paths(), "folders")
+    inputs: Inputs = key(Inputs(), "models from outside the pipeline")
+    base: Base = key(Base(), "base stage: a causal LM from scratch")
+    sft: Sft = key(Sft(), "sft stage: supervised fine-tuning, loss on assistant tokens")
+    rm: Rm = key(Rm(), "rm stage: Bradley-Terry reward model")
+    ppo: Ppo = key(Ppo(), "ppo stage")
+    dpo: Dpo = key(Dpo(), "dpo stage")
+    grpo: Grpo = key(Grpo(), "grpo stage")
+    eval: Eval = key(Eval(), "eval stage: held-out judgement of one model")
+    pipeline: Pipeline = key(Pipeline(), "the graph of stages")
+    stages: dict[str, Any] = key({}, "what `<stage>.<key>=...` on the command line sets for one stage alone")
+
+
+TECHNIQUES = ("base", "sft", "rm", "ppo", "dpo", "grpo", "eval")
+"""Stages with a section of their own in the config, and a file in post_training/stages/."""
+
+LENGTHS = ("max_steps", "num_training_samples", "num_training_tokens", "num_train_epochs")

@@ -1,0 +1,96 @@
+"""A run's config in, the text of its job script out. Pure: writes nothing, asks no SLURM."""
+
+from __future__ import annotations
+
+import shlex
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from conf.check import tasks_per_node
+from conf.schema import Config
+from post_training.run import life
+from post_training.run.directory import RunDirectory
+
+if TYPE_CHECKING:
+    import jinja2
+
+TEMPLATES = Path(__file__).resolve().parent.parent / "templates"
+
+
+@cache
+def environment() -> jinja2.Environment:
+    """Templates in which a forgotten variable is an error and `| q` quotes a value for the shell."""
+    import jinja2
+
+    result = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    result.filters["q"] = lambda value: shlex.quote(str(value))
+    return result
+
+
+def sbatch_options(cfg: Config, run: RunDirectory, dependency: list[str]) -> dict[str, str | int | None]:
+    """sbatch's options for a run, in the order they are written; a value of None is a bare flag.
+
+    dependency: job ids that must end well before this job starts.
+    """
+    slurm, tasks = cfg.slurm, tasks_per_node(cfg)
+    gpus = None
+    if slurm.gpus_per_node:
+        gpus = f"{slurm.gpu_type}:{slurm.gpus_per_node}" if slurm.gpu_type else str(slurm.gpus_per_node)
+    options: dict[str, str | int | None] = {
+        "job-name": f"{run.pipeline}/{run.name}",
+        "comment": str(run.root),
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "nodes": slurm.num_nodes,
+        "ntasks-per-node": tasks,
+        "gpus-per-node": gpus,
+        "cpus-per-task": slurm.cpus_per_gpu,
+        "mem": slurm.mem,
+        "time": slurm.wall_time,
+        "constraint": slurm.constraint,
+        "exclude": slurm.exclude,
+        "output": str(run.slurm / "slurm-%j.out"),
+        "error": str(run.slurm / "slurm-%j.err"),
+        "open-mode": "append",
+        "signal": f"B:USR1@{slurm.signal_time_seconds}",
+        "dependency": f"afterok:{':'.join(dependency)}" if dependency else None,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    return {**given, "requeue": None}
+
+
+def job_script(cfg: Config, run: RunDirectory, python: str, dependency: list[str] | None = None) -> str:
+    """The job script of a run, for SLURM or for the local supervisor as `cfg.cluster.scheduler` says."""
+    template = f"{cfg.cluster.scheduler}.sh.j2"
+    return (
+        environment()
+        .get_template(template)
+        .render(
+            title=f"{run.pipeline}/{run.name}",
+            template=template,
+            sbatch=sbatch_options(cfg, run, dependency or []),
+            run_dir=str(run.root),
+            python=python,
+            modules=list(cfg.slurm.modules),
+            setup=list(cfg.slurm.setup),
+            env=dict(cfg.slurm.env),
+            offline=cfg.offline,
+            num_nodes=cfg.slurm.num_nodes,
+            tasks_per_node=tasks_per_node(cfg),
+            cpus_per_task=cfg.slurm.cpus_per_gpu,
+            # leave a tenth of the lead, at most 30 s, for the requeue itself
+            answer_seconds=max(1, cfg.slurm.signal_time_seconds - min(30, cfg.slurm.signal_time_seconds // 10 + 1)),
+            done_code=life.DONE,
+            stopped_code=life.STOPPED,
+            deadline_code=life.DEADLINE,
+            requeue_code=life.REQUEUE,
+        )
+    )

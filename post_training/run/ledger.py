@@ -1,0 +1,62 @@
+"""The ledger: a run's append-only record, one JSON object a line.
+
+Every line has `time` (seconds since the epoch), `event` and `version`. The events:
+
+    submitted          job_id, cluster                 a job was queued for this run
+    attempt_started    attempt, job_id, node           the job script began
+    training_started   attempt, step                   the first step is about to run, after `step` done ones
+    stop_requested     attempt, signal                 the script was asked to stop
+    checkpoint_saved   attempt, step, seconds          a complete checkpoint, manifest included
+    stopped            attempt, step                   the attempt saved and left on request
+    attempt_ended      attempt, code, outcome, action  outcome: finished, stopped, failed, done_before
+    cancelled          reason                          by the user, or because an upstream stage failed
+    reused             run_dir                         nothing was run: an identical finished run is used
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+VERSION = 1
+Event = dict[str, Any]
+
+
+def append(ledger: Path, event: str, **fields: Any) -> Event:
+    """Add one event and make it durable. Lines are short, so one O_APPEND write never mixes with another's."""
+    entry: Event = {"time": round(time.time(), 3), "event": event, **fields, "version": VERSION}
+    line = json.dumps(entry, separators=(",", ":")) + "\n"
+    descriptor = os.open(ledger, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            line = "\n" + line  # the last writer died in the middle of a line: leave its piece alone
+        os.write(descriptor, line.encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return entry
+
+
+def parse(text: str) -> list[Event]:
+    """The events of a ledger's text. Lines that are not whole events (a torn write) are left out."""
+    events = []
+    for line in text.splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("event"), str) and "time" in entry:
+            events.append(entry)
+    return events
+
+
+def read(ledger: Path) -> list[Event]:
+    """The events so far; none where there is no ledger yet."""
+    try:
+        return parse(ledger.read_text(encoding="utf-8", errors="replace"))
+    except FileNotFoundError:
+        return []
