@@ -72,7 +72,8 @@ def parse_wall_time(text: str) -> int:
         in_range = seconds < 60 and (len(parts) < 3 or minutes < 60)
         if total > 0 and in_range:
             return total
-    raise ConfigError("slurm.wall_time", text, "not a time limit", "write minutes, HH:MM:SS or D-HH:MM:SS, as in 04:00:00")
+    fix = "write minutes, HH:MM:SS or D-HH:MM:SS, as in 04:00:00"
+    raise ConfigError("slurm.wall_time", text, "not a time limit", fix)
 
 
 def lookup(cfg: Config, dotted: str) -> object:
@@ -123,7 +124,8 @@ def check_run(cfg: Config) -> None:
     if cfg.stage == "ppo":
         reward = cfg.ppo.reward
         if not (reward.correct or reward.format or reward.random or cfg.ppo.reward_model_weight):
-            raise ConfigError("ppo.reward", "all 0", "nothing is rewarded", "give ppo.reward.correct or ppo.reward_model_weight")
+            fix = "give ppo.reward.correct or ppo.reward_model_weight"
+            raise ConfigError("ppo.reward", "all 0", "nothing is rewarded", fix)
 
 
 def _check_slurm(cfg: Config) -> None:
@@ -136,6 +138,17 @@ def _check_slurm(cfg: Config) -> None:
             f"the job would be asked to stop before it starts: slurm.wall_time={cfg.slurm.wall_time} is {limit} s",
             f"slurm.signal_time_seconds={max(1, limit // 10)} or a longer slurm.wall_time",
         )
+    minutes = str(cfg.slurm.wall_time).strip()
+    if minutes.isdigit() and int(minutes) > 7 * 24 * 60:
+        raise ConfigError(
+            "slurm.wall_time",
+            minutes,
+            f"a plain number is minutes, and these are {int(minutes) // 1440} days; YAML reads an unquoted 24:00:00 so",
+            'quote it in the file, as in "24:00:00", or write D-HH:MM:SS',
+        )
+    for name in cfg.slurm.env:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ConfigError("slurm.env", name, "no name of an environment variable", "letters, digits and _")
     if cfg.slurm.mem is not None and not re.fullmatch(r"\d+[KMGT]?", cfg.slurm.mem):
         raise ConfigError("slurm.mem", cfg.slurm.mem, "not an amount of memory", "write it as in 500G")
     if cfg.cluster.scheduler == "local" and cfg.slurm.num_nodes != 1:
@@ -161,16 +174,19 @@ def _check_length(cfg: Config) -> None:
     names = ", ".join(LENGTHS)
     if len(given) != 1:
         shown = " and ".join(f"{n}={getattr(cfg.training, n)}" for n in given) or "none"
-        raise ConfigError("training", shown, f"exactly one of {names} says how long to train", "keep one, set the others to null")
+        problem = f"exactly one of {names} says how long to train"
+        raise ConfigError("training", shown, problem, "keep one, set the others to null")
     value = getattr(cfg.training, given[0])
     if value <= 0:
         raise ConfigError(f"training.{given[0]}", value, "must be positive", f"training.{given[0]}=1")
     if given[0] == "num_training_tokens" and cfg.stage in ("ppo", "grpo"):
-        raise ConfigError("training.num_training_tokens", value, f"{cfg.stage} samples its own tokens", "use training.max_steps")
+        problem = f"{cfg.stage} samples its own tokens"
+        raise ConfigError("training.num_training_tokens", value, problem, "use training.max_steps")
 
 
 def _check_batch(cfg: Config) -> None:
-    batch, per_device, world = cfg.training.effective_batch_size, cfg.training.per_device_train_batch_size, world_size(cfg)
+    batch, per_device = cfg.training.effective_batch_size, cfg.training.per_device_train_batch_size
+    world = world_size(cfg)
     if batch % (per_device * world):
         valid = [d for d in range(1, batch + 1) if batch % (d * world) == 0]
         fix = (

@@ -4,6 +4,8 @@ Hydra checks names and types against these classes; what no type can say is chec
 Nothing here imports torch, transformers or trl.
 """
 
+# ruff: noqa: RUF009  (`key` makes a dataclass field)
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -33,13 +35,14 @@ class Model:
     name_or_path: str | None = key(None, "hub id or folder of the start model; null: built from the keys below")
     dtype: str = key("bfloat16", "dtype of the weights while training: float32, bfloat16 or float16")
     attn_implementation: str = key("sdpa", "attention kernel: sdpa, eager, flash_attention_2, ...")
-    tokenizer: str = key("bytes", "'bytes' (256 bytes, no file needed), or hub id or folder; a pretrained model brings its own")
-    chat_template: str | None = key("think_answer", "'think_answer', a path to a Jinja file, or null: the tokenizer's own")
+    tokenizer: str = key("bytes", "'bytes' (no file needed), or hub id or folder; a pretrained model brings its own")
+    chat_template: str | None = key("think_answer", "'think_answer', a Jinja file's path, or null: the tokenizer's own")
     hidden_size: int = key(128, "from scratch: width of the residual stream")
     intermediate_size: int = key(512, "from scratch: width of the MLP")
     num_layers: int = key(2, "from scratch: number of decoder layers")
     num_heads: int = key(4, "from scratch: number of attention heads; must divide hidden_size")
     max_position_embeddings: int = key(1024, "from scratch: longest sequence, tokens")
+    initializer_range: float = key(0.02, "from scratch: standard deviation of the random weights")
     tie_word_embeddings: bool = key(True, "from scratch: input and output embeddings are one matrix")
 
 

@@ -57,11 +57,14 @@ def sbatch_options(cfg: Config, run: RunDirectory, dependency: list[str]) -> dic
         "time": slurm.wall_time,
         "constraint": slurm.constraint,
         "exclude": slurm.exclude,
-        "output": str(run.slurm / "slurm-%j.out"),
-        "error": str(run.slurm / "slurm-%j.err"),
+        # SLURM puts values in the place of %j and the like, also in a folder's name
+        "output": str(run.slurm).replace("%", "%%") + "/slurm-%j.out",
+        "error": str(run.slurm).replace("%", "%%") + "/slurm-%j.err",
         "open-mode": "append",
         "signal": f"B:USR1@{slurm.signal_time_seconds}",
         "dependency": f"afterok:{':'.join(dependency)}" if dependency else None,
+        # a job whose upstream failed can never start: without this it stays pending for ever
+        "kill-on-invalid-dep": "yes" if dependency else None,
     }
     given = {name: value for name, value in options.items() if value is not None}
     return {**given, "requeue": None}

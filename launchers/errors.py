@@ -1,0 +1,11 @@
+"""What a command refuses to do, said to a person. Entry points print the text alone and exit with status 2."""
+
+from __future__ import annotations
+
+
+class LaunchError(Exception):
+    """Something outside the config stands in the way. Its text says what, and how to mend it."""
+
+    def __init__(self, problem: str, fix: str | None = None) -> None:
+        self.problem, self.fix = problem, fix
+        super().__init__(f"{problem}\n  fix: {fix}" if fix else problem)

@@ -1,0 +1,205 @@
+"""Submission through submitit's SlurmExecutor, with our script in the place of its own, and without pickles."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import submitit
+from filelock import FileLock, Timeout
+from submitit.core.utils import CommandFunction, FailedJobError, FailedSubmissionError, JobPaths, UncompletedJobError
+
+from launchers import slurm
+from launchers.errors import LaunchError
+from post_training.run import ledger, manifest
+from post_training.run.directory import RunDirectory, write_atomic
+from post_training.run.history import summarise
+
+LOCK_TIMEOUT_S = 60
+ENDED = {"finished": "COMPLETED", "failed": "FAILED", "stopped": "CANCELLED"}
+
+
+class RunPaths(JobPaths):
+    """Where a run keeps what submitit asks for."""
+
+    @property
+    def run(self) -> RunDirectory:
+        return RunDirectory(Path(self._folder).parent)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self._folder)
+
+    @property
+    def submission_file(self) -> Path:
+        return self.run.script
+
+    @property
+    def stdout(self) -> Path:
+        return self.run.stdout(str(self.job_id))
+
+    @property
+    def stderr(self) -> Path:
+        return self.run.stderr(str(self.job_id))
+
+
+class RunJob(submitit.SlurmJob):  # type: ignore[misc]
+    """The job of a run: submitit's interface on our run directory. `folder` is the run's slurm/ folder.
+
+    States come from squeue, and from the ledger when SLURM has forgotten the job; sacct is not needed.
+    """
+
+    def __init__(self, folder: str | Path, job_id: str, tasks: Sequence[int] = (0,)) -> None:
+        super().__init__(folder=folder, job_id=job_id, tasks=(0,))
+        self._paths = RunPaths(folder, job_id=job_id, task_id=0)
+
+    def _register_in_watcher(self) -> None:
+        """Nothing to register: submitit's watcher asks sacct, which many clusters lack."""
+
+    @property
+    def run(self) -> RunDirectory:
+        run: RunDirectory = self._paths.run
+        return run
+
+    @property
+    def _conf(self) -> str | None:
+        conf: str | None = self.run.read_config()["cluster"]["slurm_conf"]
+        return conf
+
+    def _record(self) -> slurm.JobRecord | slurm.Unknown | None:
+        found = slurm.jobs([self.job_id], conf=self._conf)
+        return found if isinstance(found, slurm.Unknown) else found.get(self.job_id)
+
+    @property
+    def state(self) -> str:
+        """SLURM's word for the job's state; UNKNOWN where neither SLURM nor the ledger knows."""
+        record = self._record()
+        if isinstance(record, slurm.JobRecord):
+            return record.state
+        if isinstance(record, slurm.Unknown):
+            return "UNKNOWN"
+        history = summarise(ledger.read(self.run.ledger))
+        if history.cancelled:
+            return "CANCELLED"
+        return ENDED.get(history.outcome or "", "UNKNOWN") if history.job_id == self.job_id else "UNKNOWN"
+
+    def get_info(self, mode: str = "force") -> dict[str, str]:
+        """What squeue shows of the job, as text."""
+        record = self._record()
+        return {k: str(v) for k, v in vars(record).items()} if isinstance(record, slurm.JobRecord) else {}
+
+    def done(self, force_check: bool = False) -> bool:
+        """Whether the job has ended, well or not. A requeued job has not."""
+        record = self._record()
+        if isinstance(record, slurm.Unknown):
+            return False  # not known is not done
+        return record is None or not record.live
+
+    def wait(self) -> None:
+        """Wait for the job's end, through every requeue."""
+        while not self.done():
+            time.sleep(2)
+
+    def cancel(self, check: bool = True) -> None:
+        """Cancel the job. check: raise where SLURM did not take the request."""
+        refused = slurm.cancel([self.job_id], conf=self._conf)
+        if refused is not None and check:
+            raise LaunchError(f"job {self.job_id}: {refused.why}")
+
+    def exception(self) -> UncompletedJobError | FailedJobError | None:
+        """Wait, and return what result() would raise."""
+        self.wait()
+        problem = manifest.problem(self.run.model)
+        if problem is None:
+            return None
+        history = summarise(ledger.read(self.run.ledger))
+        state = self.state
+        text = (
+            f"Job {self.job_id} of {self.run.root} has no complete output ({problem}; state {state})"
+            + (f": {history.reason}" if history.reason else "")
+            + f"\n{'-' * 40}\n{_tail(self.paths.stderr)}\n{'-' * 40}\n"
+            + f"full logs: {self.paths.stderr} and {self.paths.stdout}"
+        )
+        failed = history.outcome == "failed" or state in ("FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL")
+        return FailedJobError(text) if failed else UncompletedJobError(text)
+
+    def results(self) -> list[Any]:
+        """[result()]"""
+        if (error := self.exception()) is not None:
+            raise error
+        return [self.run.model]
+
+    def result(self) -> Path:
+        """Wait for the job, and return the folder of the run's output.
+
+        Raises submitit's FailedJobError or UncompletedJobError, with the end of stderr.
+        """
+        model: Path = self.results()[0]
+        return model
+
+
+def _tail(path: Path, lines: int = 20) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - 16384))
+            return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
+    except OSError:
+        return "(no error stream)"
+
+
+class RunExecutor(submitit.SlurmExecutor):  # type: ignore[misc]
+    """Submits one run's slurm/job.sh."""
+
+    job_class = RunJob
+
+    def __init__(self, run: RunDirectory, script: str, cluster: str, slurm_conf: str | None) -> None:
+        super().__init__(folder=run.slurm)
+        self.run, self.script, self.cluster, self.slurm_conf = run, script, cluster, slurm_conf
+
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        return self.script
+
+    def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+        return ["sbatch", str(submission_file_path)]
+
+    def _num_tasks(self) -> int:
+        return 1
+
+    def _submit_command(self, command: str) -> RunJob:
+        """submitit's, but the script is slurm/job.sh: its own copy would go above a folder with a % in its name."""
+        write_atomic(self.run.script, self._make_submission_file_text(command, ""))
+        output = CommandFunction(self._make_submission_command(self.run.script), verbose=False)()
+        return RunJob(self.run.slurm, self._get_job_id_from_submission_command(output))
+
+    def submit_run(self) -> RunJob:
+        """Write slurm/job.sh, submit it and record the job. Raises LaunchError with SLURM's own words when it is refused."""
+        try:
+            with FileLock(self.run.lock, timeout=LOCK_TIMEOUT_S):
+                job = self._submitted()
+                ledger.append(self.run.ledger, "submitted", job_id=job.job_id, cluster=self.cluster)
+                return job
+        except Timeout as error:
+            raise LaunchError(
+                f"{self.run.root} is being submitted by another command", "wait for it and look again"
+            ) from error
+
+    def _submitted(self) -> RunJob:
+        said = io.StringIO()
+        try:
+            # submitit prints what sbatch says on a failure: ours is the one message
+            with slurm.in_environment(self.slurm_conf), contextlib.redirect_stderr(said):
+                return self._submit_command("")
+        except (FailedJobError, FailedSubmissionError) as error:
+            text = str(error).strip() or said.getvalue().strip()
+            if "timed out" in text.lower() or "timeout" in text.lower():
+                # the controller may have taken the job all the same: its comment tells
+                for _ in range(3):
+                    time.sleep(2)
+                    found = slurm.find_job(str(self.run.root), conf=self.slurm_conf)
+                    if isinstance(found, slurm.JobRecord):
+                        return RunJob(self.run.slurm, found.job_id)
+            raise LaunchError(f"{self.run.name}: SLURM refused the job: {text}") from error

@@ -1,0 +1,27 @@
+"""Submit a whole pipeline:  python -m launchers.pipeline pipeline=full [key=value ...]"""
+
+from __future__ import annotations
+
+import sys
+
+from launchers import cli
+
+USAGE = """
+usage: python -m launchers.pipeline [pipeline=<pipeline>] [<key>=<value> ...] [dry_run=true] [-m]
+
+Submits every stage of a pipeline, chained by its graph: on SLURM as jobs with dependencies, else on this
+machine, in the foreground. What is done, queued or running already is left as it is: the same command goes on.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    from launchers.selection import select
+    from launchers.submit import launch
+
+    # A finished local pipeline shows its across-stages table after `launch`.
+    return cli.run(lambda tokens: select(tokens, only_one=False), launch, USAGE, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

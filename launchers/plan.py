@@ -1,0 +1,390 @@
+"""What a command is going to do, decided before anything is written: into which run directory each stage goes, and
+what happens to the runs that are there already.
+
+`decide` is pure; `look` and `make_plan` read files and ask SLURM once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from conf.check import ConfigError
+from conf.schema import CONFIG_VERSION, Config, Node
+from launchers import graph, slurm
+from launchers.errors import LaunchError
+from launchers.selection import Selection, sources
+from post_training.run import ledger, manifest
+from post_training.run.directory import RunDirectory
+from post_training.run.history import History, summarise
+
+PIPELINE_FILE = "pipeline.json"
+Frozen = dict[str, Any]
+SECTIONS = ("model", "data", "training", "checkpointing", "slurm", "cluster", "parallel", "logging")
+
+
+# ------------------------------------------------------------------------------------ the frozen config
+
+
+def absolute(text: str | None) -> str | None:
+    """A path that exists, absolute; a hub id (or anything else) as it is."""
+    if text is None:
+        return None
+    path = Path(text).expanduser()
+    return str(path.absolute()) if path.exists() else text
+
+
+def freeze(cfg: Config, name: str, run_name: str, inputs: Mapping[str, Any]) -> Frozen:
+    """What is written as a run's config.yaml: plain data, resolved, with absolute paths, and its identity."""
+    plain = asdict(cfg)
+    for section, keys in {
+        "model": ("name_or_path", "tokenizer", "chat_template"),
+        "data": ("path", "eval_path"),
+    }.items():
+        for key in keys:
+            plain[section][key] = absolute(plain[section][key])
+    frozen: Frozen = {
+        "version": CONFIG_VERSION, "name": name, "stage": cfg.stage, "pipeline": run_name, "identity": "",
+        "seed": cfg.seed, "offline": cfg.offline,
+        **{section: plain[section] for section in SECTIONS},
+        "paths": {"output_base": str(Path(cfg.paths.output_base).expanduser().absolute())},
+        "inputs": {role: inputs.get(role) for role in graph.ROLES},
+        cfg.stage: plain[cfg.stage],
+        "eval": plain["eval"],
+    }  # fmt: skip
+    frozen["identity"] = identity(frozen)
+    return frozen
+
+
+def determining(frozen: Frozen) -> dict[str, Any]:
+    """The part of a frozen config that determines the output: where and how fast it runs is not in it."""
+    stage = frozen["stage"]
+    inputs = {role: source and (source["identity"] or source["path"]) for role, source in frozen["inputs"].items()}
+    parts = {section: frozen[section] for section in ("stage", "seed", "model", "data", "training", stage)}
+    return {**parts, "parallel": {"strategy": frozen["parallel"]["strategy"]}, "inputs": inputs}
+
+
+def identity(frozen: Frozen) -> str:
+    """Equal for runs that make the same output."""
+    text = json.dumps(determining(frozen), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): value}
+
+
+def changes(old: Frozen, new: Frozen) -> dict[str, tuple[Any, Any]]:
+    """Keys that determine the output and differ, with the old and the new value."""
+    before, after = _flat(determining(old)), _flat(determining(new))
+    both = list(dict.fromkeys([*before, *after]))
+    return {key: (before.get(key), after.get(key)) for key in both if before.get(key) != after.get(key)}
+
+
+# --------------------------------------------------------------------------------------- what is there
+
+
+@dataclass(frozen=True)
+class Found:
+    """A run directory as it was found."""
+
+    config: Frozen | None = None
+    whole: bool = False  # its output is complete
+    history: History = field(default_factory=History)
+    live: bool | slurm.Unknown = False  # its job is queued or running
+    pending: bool = False  # its job is queued and has not started
+    supervised: bool = False  # by a local supervisor on this machine
+
+
+def decide(name: str, wanted: Frozen, found: Found, root: Path) -> str:
+    """What to do about one run: `new`, `done` (reuse), `live` (leave it alone) or `again` (continue it). Pure.
+
+    Raises ConfigError where the directory holds a run with another config, LaunchError where its state is unknown.
+    """
+    if found.config is None:
+        return "new"
+    if found.config["identity"] != wanted["identity"]:
+        raise _differs(name, found.config, wanted, root)
+    if found.whole:
+        return "done"
+    if found.supervised or found.live is True:
+        return "live"
+    if isinstance(found.live, slurm.Unknown):
+        raise LaunchError(
+            f"{name}: cannot tell whether job {found.history.job_id} of {root} is queued or running: {found.live.why}",
+            "try again when SLURM answers; a second job must not write the same run directory",
+        )
+    return "again"
+
+
+def _differs(name: str, old: Frozen, new: Frozen, root: Path) -> ConfigError:
+    changed = changes(old, new)
+    inputs = [key for key in changed if key.startswith("inputs.")]
+    shown = ", ".join(f"{key}: {_short(a)} -> {_short(b)}" for key, (a, b) in changed.items() if key not in inputs)
+    if inputs:
+        shown = ", ".join([*([shown] if shown else []), *(f"{key}: another model" for key in inputs)])
+    return ConfigError(
+        "run_name", new["pipeline"], f"{root} holds a {name} run with another config ({shown})",
+        f"run_name={new['pipeline']}-2 for a new pipeline, or the old values to go on with this one",
+    )  # fmt: skip
+
+
+def _short(value: Any) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def ended(history: History) -> bool:
+    """Whether the ledger alone shows that no job of this run is queued or running.
+
+    An attempt that was asked to stop by SIGTERM is no such end: SLURM requeues preempted jobs by itself.
+    """
+    if history.job_id is None or history.cancelled:
+        return True
+    return history.outcome in ("finished", "failed") and history.action == "exit"
+
+
+def look(roots: Iterable[Path], ask: bool = True) -> dict[Path, Found]:
+    """What is in these run directories; one squeue for each cluster that they name. ask: False asks no SLURM."""
+    from launchers.local import owned
+
+    configs: dict[Path, Frozen] = {}
+    for root in roots:
+        try:
+            configs[root] = RunDirectory(root).read_config()
+        except FileNotFoundError:
+            continue
+        except NotADirectoryError:
+            continue
+    histories = {root: summarise(ledger.read(RunDirectory(root).ledger)) for root in configs}
+    questions: dict[str | None, list[Path]] = {}
+    for root, config in configs.items():
+        if config["cluster"]["scheduler"] == "slurm" and histories[root].job_id is not None:
+            questions.setdefault(config["cluster"]["slurm_conf"], []).append(root)
+    live: dict[Path, bool | slurm.Unknown] = {}
+    pending: set[Path] = set()
+    for conf, asked in questions.items() if ask else ():
+        ids = [histories[root].job_id or "" for root in asked]
+        answer = slurm.jobs(ids, conf=conf)
+        for root, job_id in zip(asked, ids, strict=True):
+            if isinstance(answer, slurm.Unknown):
+                live[root] = False if ended(histories[root]) else answer
+            else:
+                # the comment tells our job from another cluster's with the same number
+                job = answer.get(job_id)
+                if job is not None and job.live and job.comment in ("", str(root)):
+                    live[root] = True
+                    if job.state == "PENDING":
+                        pending.add(root)
+    return {
+        root: Found(
+            config=config,
+            whole=manifest.problem(RunDirectory(root).model) is None,
+            history=histories[root],
+            live=live.get(root, False),
+            pending=root in pending,
+            supervised=owned(RunDirectory(root)),
+        )
+        for root, config in configs.items()
+    }
+
+
+def finished_runs(output_base: Path) -> dict[str, Path]:
+    """Run directories with a complete output, by identity, over all pipelines."""
+    found: dict[str, Path] = {}
+    for path in sorted(output_base.glob(f"*/*/model/{manifest.NAME}")):
+        key = (manifest.read(path.parent) or {}).get("identity")
+        if key and key not in found and manifest.problem(path.parent) is None:
+            found[key] = path.parent.parent
+    return found
+
+
+# --------------------------------------------------------------------------------------------- the plan
+
+
+@dataclass
+class Planned:
+    """One stage of a plan."""
+
+    name: str
+    cfg: Config
+    frozen: Frozen
+    run: RunDirectory
+    decision: str  # new, again, live, done
+    after: list[str]  # upstream stages whose outputs it needs or that it comes after
+    job_id: str | None = None  # of its job, where it is live
+    replaces: str | None = None  # job to be cancelled: it waits for an upstream job that can no longer end well
+    waits_for: list[str] = field(default_factory=list)  # job ids from outside this plan
+    started: bool = False  # an attempt was made: its code is frozen
+
+    @property
+    def to_submit(self) -> bool:
+        return self.decision in ("new", "again")
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether a finished run of another pipeline is used in this one's place."""
+        return self.run.pipeline != self.frozen["pipeline"]
+
+
+@dataclass
+class Plan:
+    """Stages, upstream first."""
+
+    name: str  # of the pipeline's folder
+    output_base: Path
+    stages: dict[str, Planned]
+    keep: dict[str, Any] = field(default_factory=dict)  # stages in pipeline.json that this plan says nothing about
+
+    @property
+    def folder(self) -> Path:
+        return self.output_base / self.name
+
+    @property
+    def cluster(self) -> str:
+        return next(iter(self.stages.values())).cfg.cluster.name
+
+    @property
+    def scheduler(self) -> str:
+        return next(iter(self.stages.values())).cfg.cluster.scheduler
+
+    @property
+    def slurm_conf(self) -> str | None:
+        return next(iter(self.stages.values())).cfg.cluster.slurm_conf
+
+    def description(self) -> dict[str, Any]:
+        """What pipeline.json says: the graph, for whoever looks later."""
+        stages = {
+            p.name: {"run_dir": str(p.run.root), "stage": p.cfg.stage, "after": p.after} for p in self.stages.values()
+        }
+        return {"version": 1, "name": self.name, "cluster": self.cluster, "stages": {**self.keep, **stages}}
+
+
+def _path_input(path: str) -> dict[str, Any]:
+    where = absolute(path)
+    about = manifest.read(Path(where)) if where else None
+    return {"path": where, "run_dir": None, "identity": (about or {}).get("identity")}
+
+
+def _run_input(root: Path, identity: str | None) -> dict[str, Any]:
+    return {"path": str(RunDirectory(root).model), "run_dir": str(root), "identity": identity}
+
+
+def expected_identity(selection: Selection, name: str) -> str:
+    """The identity that a stage would have if this command ran it. Composes its upstream stages."""
+    inputs: dict[str, Any] = {}
+    for role, source in sources(selection, name).items():
+        kind, _, value = (source or "").partition(":")
+        if kind == "path":
+            inputs[role] = _path_input(value)
+        elif kind == "stage":
+            inputs[role] = _run_input(selection.output_base, expected_identity(selection, value))
+    return str(freeze(selection.config(name), name, selection.run_name, inputs)["identity"])
+
+
+def make_plan(selection: Selection, ask: bool = True) -> Plan:
+    """Decide about every stage. Raises ConfigError and LaunchError; writes nothing. ask: False asks no SLURM."""
+    folder = selection.output_base / selection.run_name
+    described = read_description(folder)
+    origins = {name: sources(selection, name) for name in selection.wanted}
+    needed = {name: _upstream_names(origins[name], selection.stages[name]) for name in selection.wanted}
+    outside = list(dict.fromkeys(up for ups in needed.values() for up in ups if up not in selection.wanted))
+    # a stage's run directory; of another pipeline, where an earlier command found its finished run there
+    roots = {up: Path(described[up]["run_dir"]) if up in described else folder / up for up in outside}
+    roots |= {name: folder / name for name in selection.wanted}
+    found = look(roots.values(), ask=ask)
+    finished = cache(lambda: finished_runs(selection.output_base))  # looked for once, if at all
+
+    upstream: dict[str, tuple[Path, str | None, list[str]]] = {}  # run directory, identity, jobs to wait for
+    for up in outside:
+        there = found.get(roots[up], Found())
+        if there.config is None and (same := finished().get(expected_identity(selection, up))) is not None:
+            roots[up], there = same, Found(RunDirectory(same).read_config(), whole=True)
+        user = next(name for name in selection.wanted if up in needed[name])
+        jobs = _wait_for(user, up, there, roots[up], selection.config(user))
+        upstream[up] = (roots[up], (there.config or {}).get("identity"), jobs)
+
+    planned: dict[str, Planned] = {}
+    for name in selection.wanted:
+        cfg = selection.config(name)
+        inputs: dict[str, Any] = {}
+        for role, source in origins[name].items():
+            kind, _, value = (source or "").partition(":")
+            if kind == "path":
+                inputs[role] = _path_input(value)
+            elif kind == "stage":
+                inputs[role] = _run_input(*upstream[value][:2])
+        frozen = freeze(cfg, name, selection.run_name, inputs)
+        root = roots[name]
+        decision = decide(name, frozen, found.get(root, Found()), root)
+        if decision == "new" and (same := finished().get(frozen["identity"])) is not None:
+            root, decision = same, "done"
+        here, replaces = found.get(root, Found()), None
+        if decision == "live":
+            _check_same_scheduler(name, here, cfg, root)
+            if here.pending and any(up in planned and planned[up].to_submit for up in needed[name]):
+                decision, replaces = "again", here.history.job_id
+        planned[name] = Planned(
+            name=name, cfg=cfg, frozen=frozen, run=RunDirectory(root), decision=decision, after=needed[name],
+            job_id=here.history.job_id if decision == "live" else None, replaces=replaces,
+            waits_for=list(dict.fromkeys(job for up in needed[name] if up in outside for job in upstream[up][2])),
+            started=here.history.attempts > 0,
+        )  # fmt: skip
+        upstream[name] = (root, frozen["identity"], [])
+    keep = {name: entry for name, entry in described.items() if name not in planned} if selection.only_one else {}
+    for up in outside:
+        if up not in keep:
+            after = _upstream_names(sources(selection, up), selection.stages[up])
+            keep[up] = {"run_dir": str(roots[up]), "stage": selection.stages[up].stage, "after": after}
+    return Plan(selection.run_name, selection.output_base, planned, keep)
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """The stages in a pipeline's pipeline.json; none where there is no readable one."""
+    try:
+        stages = json.loads((folder / PIPELINE_FILE).read_text())["stages"]
+        return {name: entry for name, entry in stages.items() if isinstance(entry.get("run_dir"), str)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _upstream_names(origins: Mapping[str, str | None], node: Node) -> list[str]:
+    named = [source.removeprefix("stage:") for source in origins.values() if source and source.startswith("stage:")]
+    return list(dict.fromkeys([*named, *node.after]))
+
+
+def _wait_for(name: str, upstream: str, found: Found, root: Path, cfg: Config) -> list[str]:
+    """Job ids to wait for, for an upstream stage outside the plan. Raises ConfigError where it has no output."""
+    if found.whole:
+        return []
+    if found.live is True and cfg.cluster.scheduler == "slurm" and found.config is not None:
+        same = found.config["cluster"]["slurm_conf"] == cfg.cluster.slurm_conf
+        if same and found.history.job_id is not None:
+            return [found.history.job_id]
+    if isinstance(found.live, slurm.Unknown):
+        problem = f"is to use the output of {upstream}, of which SLURM does not say whether it runs: {found.live.why}"
+    elif found.supervised or found.live is True:
+        problem = f"is to use the output of {upstream}, which is not done yet ({root})"
+    else:
+        problem = f"is to use the output of {upstream}, and there is none in {root}"
+    fix = f"python -m launchers.submit stage={upstream}, the whole chain with launchers.pipeline, or inputs.model=..."
+    raise ConfigError("stage", name, problem, fix)
+
+
+def _check_same_scheduler(name: str, found: Found, cfg: Config, root: Path) -> None:
+    was = (found.config or {})["cluster"]
+    where = "local" if found.supervised else was["name"]
+    if found.supervised != (cfg.cluster.scheduler == "local") or (
+        not found.supervised and was["slurm_conf"] != cfg.cluster.slurm_conf
+    ):
+        raise LaunchError(
+            f"{name}: {root} is queued or running on cluster={where}, not on {cfg.cluster.name}",
+            f"cluster={where}, or cancel it there first",
+        )

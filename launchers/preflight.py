@@ -1,0 +1,183 @@
+"""What can be known to fail before the queue does: refused with key, value and fix, before anything is written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from conf.check import ConfigError, nearest, parse_wall_time, tasks_per_node
+from conf.schema import Config
+from launchers import graph, slurm
+from launchers.errors import LaunchError
+from post_training.run import manifest
+
+
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Say in which stage a config is wrong."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(error.key, error.value, f"{error.problem} (stage {name})", error.fix) from None
+
+
+def check_paths(cfg: Config) -> None:
+    """Refuse models and records that are not there, hub ids where offline, and folders that cannot be written."""
+    base = cfg.paths.output_base
+    if "\n" in base or "\\" in base:
+        raise ConfigError(
+            "paths.output_base", repr(base), "SLURM cannot write its output below such a path", "choose another folder"
+        )
+    parent = Path(base).expanduser().absolute()
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    if not parent.is_dir():
+        raise ConfigError("paths.output_base", base, f"{parent} is not a folder", "choose another folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError("paths.output_base", base, f"{parent} cannot be written", "choose a folder of yours")
+    sources = {
+        "data.path": cfg.data.path,
+        "data.eval_path": cfg.data.eval_path,
+        "model.name_or_path": cfg.model.name_or_path,
+        **{f"inputs.{role}": getattr(cfg.inputs, role) for role in graph.ROLES},
+    }
+    if cfg.model.name_or_path is None and cfg.model.tokenizer != "bytes":
+        sources["model.tokenizer"] = cfg.model.tokenizer
+    for key, value in sources.items():
+        if value is not None:
+            _check_source(key, value, cfg.offline)
+    template = cfg.model.chat_template
+    if template not in (None, "think_answer") and not Path(str(template)).expanduser().is_file():
+        raise ConfigError(
+            "model.chat_template", template, "no such file", "think_answer, null, or a path to a Jinja file"
+        )
+    if cfg.data.name != "arithmetic" and cfg.data.path is None:
+        raise ConfigError(
+            "data.path", None, f"data.name={cfg.data.name} needs records", "data.path=<file, folder or hub id>"
+        )
+
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+FILE_SUFFIXES = (".json", ".jsonl", ".gz", ".csv", ".parquet", ".txt", ".jinja", ".safetensors")
+
+
+def _check_source(key: str, value: str, offline: bool) -> None:
+    path = Path(value).expanduser()
+    if path.exists():
+        if key.startswith(("inputs.", "model.")):
+            _check_model_folder(key, value, path)
+        return
+    if value.startswith(("/", ".", "~")) or value.endswith(FILE_SUFFIXES) or not HUB_ID.fullmatch(value):
+        raise ConfigError(
+            key, value, "no such file or folder", f"{key}=<a path that exists>, or a hub id such as Qwen/Qwen3-0.6B"
+        )
+    if offline:
+        raise ConfigError(
+            key, value, "is no local path, and offline=true asks no hub", f"{key}=<a local path>, or offline=false"
+        )
+
+
+def _check_model_folder(key: str, value: str, path: Path) -> None:
+    if (path / "config.yaml").is_file() and (path / "ledger.jsonl").exists():
+        raise ConfigError(key, value, "is a run directory, not a model", f"{key}={path / 'model'}")
+    if (path / manifest.NAME).exists() and (why := manifest.problem(path)):
+        raise ConfigError(key, value, f"is not complete: {why}", "wait for its run to finish, or choose another model")
+
+
+def check_cluster(configs: Mapping[str, Config]) -> None:
+    """Refuse what the cluster does not have. Asks SLURM once; raises LaunchError without an answer."""
+    cfg = next(iter(configs.values()))
+    if cfg.cluster.scheduler != "slurm":
+        return
+    if not slurm.installed():
+        raise ConfigError(
+            "cluster",
+            cfg.cluster.name,
+            "is a SLURM cluster, and there is no sbatch on PATH",
+            "run this on a login node, or cluster=local",
+        )
+    found = slurm.partitions(cfg.cluster.slurm_conf)
+    if isinstance(found, slurm.Unknown):
+        raise LaunchError(f"cluster={cfg.cluster.name}: SLURM does not answer: {found.why}", _wake(cfg))
+    for name, stage in configs.items():
+        with naming(name):
+            check_request(stage, found)
+
+
+def _wake(cfg: Config) -> str:
+    return (
+        "python -m launchers.devcluster up"
+        if cfg.cluster.name == "dev"
+        else "see whether `scontrol ping` answers, or cluster=local"
+    )
+
+
+def check_request(cfg: Config, partitions: Mapping[str, slurm.Partition]) -> None:
+    """Refuse a partition, GPUs, nodes or a wall time that the cluster does not have. Pure."""
+    wanted = cfg.slurm
+    if wanted.partition is None:
+        default = [p for p in partitions.values() if p.default]
+        if not default:
+            raise ConfigError(
+                "slurm.partition", None, "the cluster has no default partition", f"one of {', '.join(partitions)}"
+            )
+        partition = default[0]
+    elif wanted.partition not in partitions:
+        if all(name in partitions for name in wanted.partition.split(",")):
+            return  # a list: SLURM takes the first that fits
+        raise ConfigError(
+            "slurm.partition",
+            wanted.partition,
+            "the cluster has no such partition",
+            nearest(wanted.partition, partitions),
+        )
+    else:
+        partition = partitions[wanted.partition]
+    where = f"partition {partition.name}"
+    kinds = sorted({str(kind) for group in partition.groups for kind in group.gpus if kind is not None})
+    if wanted.gpus_per_node and wanted.gpu_type is not None and wanted.gpu_type not in kinds:
+        fix = nearest(wanted.gpu_type, kinds) if kinds else "slurm.gpu_type=null"
+        raise ConfigError("slurm.gpu_type", wanted.gpu_type, f"{where} has no such GPUs", fix)
+
+    def gpus(group: slurm.NodeGroup) -> int:
+        return group.gpus.get(wanted.gpu_type, 0) if wanted.gpu_type else sum(group.gpus.values())
+
+    most = max((gpus(group) for group in partition.groups), default=0)
+    if wanted.gpus_per_node > most:
+        raise ConfigError(
+            "slurm.gpus_per_node",
+            wanted.gpus_per_node,
+            f"the nodes of {where} have at most {most}",
+            f"slurm.gpus_per_node={most}",
+        )
+    cpus = wanted.cpus_per_gpu * tasks_per_node(cfg)
+    fitting = [group for group in partition.groups if gpus(group) >= wanted.gpus_per_node]
+    if cpus > (cores := max(group.cpus for group in fitting)):
+        fix = f"slurm.cpus_per_gpu={max(1, cores // tasks_per_node(cfg))}"
+        raise ConfigError(
+            "slurm.cpus_per_gpu", wanted.cpus_per_gpu, f"{cpus} cores a node; those of {where} have {cores}", fix
+        )
+    fitting = [group for group in fitting if group.cpus >= cpus]
+    if wanted.mem is not None and (memory := _megabytes(wanted.mem)) > (
+        most_mb := max(group.memory_mb for group in fitting)
+    ):
+        raise ConfigError(
+            "slurm.mem", wanted.mem, f"{memory} MB; the nodes of {where} have {most_mb} MB", f"slurm.mem={most_mb}M"
+        )
+    available = sum(group.nodes for group in fitting)
+    if wanted.num_nodes > available:
+        raise ConfigError(
+            "slurm.num_nodes", wanted.num_nodes, f"{where} has {available} such nodes", f"slurm.num_nodes={available}"
+        )
+    limit = partition.max_seconds
+    if limit is not None and parse_wall_time(wanted.wall_time) > limit:
+        shown = f"{limit // 3600:02}:{limit % 3600 // 60:02}:{limit % 60:02}"
+        raise ConfigError("slurm.wall_time", wanted.wall_time, f"{where} allows {shown}", f"slurm.wall_time={shown}")
+
+
+def _megabytes(text: str) -> int:
+    number, unit = re.fullmatch(r"(\d+)([KMGT]?)", text).groups()  # type: ignore[union-attr]  # check_run has matched it
+    return int(int(number) * {"K": 1 / 1024, "": 1, "M": 1, "G": 1024, "T": 1024**2}[unit])

@@ -1,0 +1,150 @@
+"""What a command means: which stages, each with its config and its inputs, before it is known what is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from conf.check import ConfigError, check_run, nearest
+from conf.schema import Config, Node
+from launchers import graph, slurm
+from launchers.compose import Composer, Layers, groups, split, stage_overrides
+from launchers.preflight import check_paths, naming
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The stages that a command means, composed and checked, before it is known what is there."""
+
+    run_name: str
+    output_base: Path
+    only_one: bool  # submit: one stage, whose upstream stages are there already
+    stages: dict[str, Node]  # the whole graph
+    wanted: tuple[str, ...]  # the stages to be done, upstream first
+    config: Callable[[str], Config]  # of any stage of the graph
+    freed: Mapping[str, tuple[str, ...]]  # roles taken by the pretrained model, by stage
+    explicit: frozenset[str]  # stages for which the command names model.name_or_path itself
+    dry_run: bool
+
+    @property
+    def configs(self) -> dict[str, Config]:
+        return {name: self.config(name) for name in self.wanted}
+
+
+def resolve_cluster(composer: Composer, layers: Layers, root: Config) -> str:
+    """The file in conf/cluster to take. For `auto`: SLURM where sbatch is found and the controller answers."""
+    if root.cluster.scheduler != "auto":
+        return layers.choices.get("cluster", "auto")
+    wanted = root.cluster.slurm_cluster
+    if wanted not in groups()["cluster"]:
+        raise ConfigError(
+            "cluster.slurm_cluster", wanted, "no such file in conf/cluster", nearest(wanted, groups()["cluster"])
+        )
+    choice, why = _automatic(wanted, composer.config([f"cluster={wanted}"]).cluster.slurm_conf)
+    if why not in _said:  # once for all points of a sweep
+        _said.add(why)
+        print(f"cluster=auto: {why}", flush=True)
+    return choice
+
+
+_said: set[str] = set()
+
+
+@cache
+def _automatic(wanted: str, conf: str | None) -> tuple[str, str]:
+    if not slurm.installed():
+        return "local", "no sbatch on PATH; running on this machine (cluster=local)"
+    if not slurm.controller_up(conf):
+        return "local", "no SLURM controller answers; running on this machine (cluster=local)"
+    return wanted, f"SLURM answers; taking cluster={wanted}"
+
+
+_composer = cache(Composer)
+
+
+def select(tokens: Sequence[str], only_one: bool) -> Selection:
+    """Compose and check the stages that a command means: `stage=` alone (submit), or the whole pipeline.
+
+    Raises ConfigError. Reads files; asks SLURM under cluster=auto only.
+    """
+    composer, layers = _composer(), Layers.of(tokens)
+    root = composer.config(list(tokens))
+    written: dict[str, Node] = dict(root.pipeline.stages)
+    if not written:
+        raise ConfigError(
+            "pipeline", root.pipeline.name, "has no stages", f"choose one of {', '.join(groups()['pipeline'])}"
+        )
+    graph.check(written)
+    stages, freed = (written, {}) if root.model.name_or_path is None else graph.without_base(written)
+    if only_one:
+        name, node = graph.find({**written, **stages}, layers.selected or root.stage, groups()["stage"])
+        stages, wanted = {**stages, name: node}, [name]
+    else:
+        wanted = graph.order(stages)
+        _refuse_for_all(layers)
+    _check_names(layers, written, stages)
+    choice, cluster = layers.choices.get("pipeline", "full"), resolve_cluster(composer, layers, root)
+
+    def config(name: str) -> Config:
+        return composer.config(stage_overrides(layers, choice, cluster, name, stages[name], stages))
+
+    explicit = set()
+    for name in wanted:
+        cfg = config(name)
+        own = (*layers.everywhere, *layers.alone.get(name, ()), *layers.alone.get(stages[name].stage, ()))
+        if any(split(token)[1] == "model.name_or_path" for token in own):
+            explicit.add(name)
+        with naming(name):
+            check_run(cfg)
+            check_paths(cfg)
+    return Selection(
+        run_name=root.run_name or root.pipeline.name,
+        output_base=Path(root.paths.output_base).expanduser().absolute(),
+        only_one=only_one, stages=stages, wanted=tuple(wanted), config=config,
+        freed=freed, explicit=frozenset(explicit), dry_run=root.dry_run,
+    )  # fmt: skip
+
+
+def _refuse_for_all(layers: Layers) -> None:
+    """What makes sense for one stage and not for a whole pipeline."""
+    if layers.selected is not None:
+        raise ConfigError(
+            "stage", layers.selected, "a pipeline submits all of its stages", "python -m launchers.submit stage=..."
+        )
+    for token in layers.everywhere:
+        _, key, value = split(token)
+        if key == "inputs.model" and value != "null":
+            raise ConfigError(key, value, "every stage would start from it", "say which one: <stage>.inputs.model=...")
+
+
+def _check_names(layers: Layers, full: Mapping[str, Node], stages: Mapping[str, Node]) -> None:
+    valid = {*full, *stages, *(node.stage for node in (*full.values(), *stages.values()))}
+    for name, tokens in layers.alone.items():
+        if name not in valid:
+            key, value = split(tokens[0])[1:]
+            raise ConfigError(f"{name}.{key}", value, f"the pipeline has no stage {name}", nearest(name, valid))
+
+
+def sources(selection: Selection, name: str) -> dict[str, str | None]:
+    """For each input of a stage: `stage:<name>` from the graph, `path:<path or hub id>` from the config, or None."""
+    cfg, node = selection.config(name), selection.stages[name]
+    pretrained = (
+        f"path:{cfg.model.name_or_path}" if cfg.model.name_or_path is not None and cfg.stage != "base" else None
+    )
+    result: dict[str, str | None] = {}
+    for role in graph.ROLES:
+        given, upstream = getattr(cfg.inputs, role), getattr(node, role)
+        freed = role in selection.freed.get(name, ())
+        # for one stage, a model that the command names wins over the graph
+        asked = role == "model" and (upstream is None or (selection.only_one and name in selection.explicit))
+        if given is not None:
+            result[role] = f"path:{given}"
+        elif pretrained is not None and (freed or asked):
+            result[role] = pretrained
+        else:
+            result[role] = f"stage:{upstream}" if upstream is not None else None
+    if not (cfg.stage == "ppo" and cfg.ppo.reward_model_weight):
+        result["reward_model"] = None
+    return result

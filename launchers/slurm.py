@@ -1,0 +1,246 @@
+"""The one module that talks to SLURM: argv lists, timeouts, one batched query, a cleaned environment.
+
+Answers are frozen snapshots. A source that fails gives `Unknown`, never an empty answer: to not know a job
+is not to know that it is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+# Settings of the user's own session, or of a job that this command runs in, must not reach what we ask or submit.
+# SLURM_CONF names the cluster and stays.
+FOREIGN = ("SLURM_", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_", "SCONTROL_")
+LIVE = frozenset(
+    (
+        "PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED",
+        "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT", "RESV_DEL_HOLD", "PREEMPTED",
+    )
+)  # fmt: skip
+"""States of jobs that may still run. PREEMPTED is one: while squeue shows it, the requeue may be to come."""
+TIMEOUT_S = 15.0
+CHUNK = 500
+_FIELDS = "%i|%T|%r|%M|%l|%D|%N|%P|%V|%S|%E|%k"  # the comment comes last: it is the one that may hold a '|'
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """SLURM did not say."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """One job as squeue shows it."""
+
+    job_id: str
+    state: str  # PENDING, RUNNING, COMPLETED, ...
+    reason: str  # why it waits or ended, SLURM's word; "None" where there is none
+    elapsed: int | None  # seconds
+    limit: int | None  # seconds; None: unlimited
+    nodes: int
+    node_list: str
+    partition: str
+    submit_time: str  # ISO, or N/A
+    start_time: str  # ISO, when it started or is expected to; or N/A
+    dependency: str
+    comment: str  # the run directory, for jobs of ours
+
+    @property
+    def live(self) -> bool:
+        """Whether it is queued or running."""
+        return self.state in LIVE
+
+
+@dataclass(frozen=True)
+class NodeGroup:
+    """Nodes of one partition that are alike."""
+
+    nodes: int
+    cpus: int
+    memory_mb: int
+    gpus: Mapping[str | None, int]  # by type; None: the GRES names no type
+
+
+@dataclass(frozen=True)
+class Partition:
+    name: str
+    default: bool
+    up: bool
+    max_seconds: int | None  # None: unlimited
+    groups: tuple[NodeGroup, ...]
+
+
+def clean_environment(conf: str | None) -> dict[str, str]:
+    """The environment for SLURM's commands, and of the jobs that they submit. conf: path for SLURM_CONF."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN) or name == "SLURM_CONF"}
+    if conf is not None:
+        env["SLURM_CONF"] = conf
+    return env
+
+
+@contextlib.contextmanager
+def in_environment(conf: str | None) -> Iterator[None]:
+    """This process with the cleaned environment, for libraries that start SLURM's commands by themselves."""
+    before, cleaned = dict(os.environ), clean_environment(conf)
+    os.environ.clear()
+    os.environ.update(cleaned)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _ask(*argv: str, conf: str | None, timeout: float = TIMEOUT_S) -> str | Unknown:
+    try:
+        done = subprocess.run(
+            argv, env=clean_environment(conf), capture_output=True, text=True, errors="replace", timeout=timeout,
+            stdin=subprocess.DEVNULL, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return Unknown(f"{argv[0]} did not answer within {timeout:g} s")
+    except OSError as error:
+        return Unknown(f"{argv[0]}: {error.strerror}")
+    if done.returncode != 0:
+        return Unknown(f"{argv[0]}: {done.stderr.strip() or f'status {done.returncode}'}")
+    return done.stdout
+
+
+def installed() -> bool:
+    """Whether `sbatch` is on PATH."""
+    return shutil.which("sbatch") is not None
+
+
+def controller_up(conf: str | None = None, timeout: float = 5.0) -> bool:
+    """Whether a controller answers `scontrol ping`."""
+    answer = _ask("scontrol", "ping", conf=conf, timeout=timeout)
+    # "Slurmctld(primary) at host is UP"; with a backup there are two lines, or "UP/DOWN" in one
+    return isinstance(answer, str) and re.search(r"\bUP\b", answer) is not None
+
+
+def seconds(text: str) -> int | None:
+    """Seconds of squeue's and sinfo's [D-][H:]M:S; None for UNLIMITED, INVALID, infinite and the like."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text.strip())
+    if match is None:
+        return None
+    days, hours, minutes, secs = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + secs
+
+
+def parse_jobs(text: str) -> dict[str, JobRecord]:
+    """squeue's lines in our format. Pure."""
+    records = {}
+    for line in text.splitlines():
+        parts = line.split("|", 11)
+        if len(parts) != 12:
+            continue
+        job_id, state, reason, elapsed, limit, nodes, node_list, partition, submitted, start, dependency, comment = (
+            parts
+        )
+        records[job_id] = JobRecord(
+            job_id=job_id, state=state, reason=reason, elapsed=seconds(elapsed), limit=seconds(limit),
+            nodes=int(nodes) if nodes.isdigit() else 0, node_list=node_list, partition=partition,
+            submit_time=submitted, start_time=start, dependency=dependency,
+            comment="" if comment == "(null)" else comment,
+        )  # fmt: skip
+    return records
+
+
+def jobs(
+    ids: Sequence[str] | None = None, *, user: str | None = None, conf: str | None = None, timeout: float = TIMEOUT_S
+) -> dict[str, JobRecord] | Unknown:
+    """What squeue knows of these jobs, or of all of a user's (by default: yours). One call up to 500 ids.
+
+    A job that is not in the answer is one that SLURM has forgotten, or never knew.
+    """
+    base = ("squeue", "--noheader", "--states=all", f"--format={_FIELDS}")
+    if ids is None:
+        answer = _ask(*base, f"--user={user or getpass.getuser()}", conf=conf, timeout=timeout)
+        return answer if isinstance(answer, Unknown) else parse_jobs(answer)
+    found: dict[str, JobRecord] = {}
+    wanted = sorted(set(ids))
+    for start in range(0, len(wanted), CHUNK):
+        answer = _ask(*base, f"--jobs={','.join(wanted[start : start + CHUNK])}", conf=conf, timeout=timeout)
+        if isinstance(answer, Unknown):
+            if "Invalid job id" in answer.why:  # all of them forgotten
+                continue
+            return answer
+        found |= parse_jobs(answer)
+    return found
+
+
+def find_job(comment: str, conf: str | None = None) -> JobRecord | Unknown | None:
+    """Your live job with this comment, as after an `sbatch` that timed out although its job was taken."""
+    found = jobs(conf=conf)
+    if isinstance(found, Unknown):
+        return found
+    return next((job for job in found.values() if job.comment == comment and job.live), None)
+
+
+def parse_gres(text: str) -> dict[str | None, int]:
+    """GPUs by type of `gpu:h100:8(S:0-1),gpu:2`. Pure."""
+    gpus: dict[str | None, int] = {}
+    for item in re.sub(r"\([^)]*\)", "", text).split(","):
+        name, *rest = item.strip().split(":")
+        if name != "gpu" or not rest or not rest[-1].isdigit():
+            continue
+        kind = rest[0] if len(rest) > 1 else None
+        gpus[kind] = gpus.get(kind, 0) + int(rest[-1])
+    return gpus
+
+
+def _number(text: str) -> int:
+    match = re.match(r"\d+", text)  # "96+" where nodes differ
+    return int(match[0]) if match else 0
+
+
+def parse_partitions(text: str) -> dict[str, Partition]:
+    """sinfo's lines in our format. Pure."""
+    found: dict[str, Partition] = {}
+    for line in text.splitlines():
+        parts = line.split("|", 6)
+        if len(parts) != 7:
+            continue
+        shown, avail, limit, nodes, cpus, memory, gres = (part.strip() for part in parts)
+        name = shown.removesuffix("*")
+        group = NodeGroup(_number(nodes), _number(cpus), _number(memory), parse_gres(gres))
+        known = found.get(name)
+        groups = (*known.groups, group) if known else (group,)
+        found[name] = Partition(name, shown.endswith("*"), avail == "up", seconds(limit), groups)
+    return found
+
+
+def partitions(conf: str | None = None) -> dict[str, Partition] | Unknown:
+    """The cluster's partitions, for checking a request before the queue does."""
+    answer = _ask("sinfo", "--noheader", "--exact", "--format=%P|%a|%l|%D|%c|%m|%G", conf=conf)
+    return answer if isinstance(answer, Unknown) else parse_partitions(answer)
+
+
+def cancel(ids: Sequence[str], conf: str | None = None) -> Unknown | None:
+    """Cancel jobs. Unknown where SLURM did not take the request; jobs that are gone already are no error."""
+    if not ids:
+        return None
+    answer = _ask("scancel", "--quiet", *ids, conf=conf)
+    return answer if isinstance(answer, Unknown) else None
+
+
+def wait_gone(ids: Sequence[str], conf: str | None = None, timeout: float = 30.0) -> bool:
+    """Wait until none of the jobs is live; False where that is not so, or not known, in time."""
+    deadline = time.monotonic() + timeout
+    while True:
+        found = jobs(ids, conf=conf)
+        if not isinstance(found, Unknown) and not any(job.live for job in found.values()):
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.3)

@@ -1,0 +1,291 @@
+"""Submit one stage:  python -m launchers.submit stage=sft [key=value ...]
+
+Also the hands of launchers.pipeline: `launch` writes the run directories of a plan and submits them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from conf.check import ConfigError, parse_wall_time
+from launchers import cli, slurm
+from launchers.errors import LaunchError
+from launchers.plan import PIPELINE_FILE, Plan, Planned, make_plan
+from launchers.preflight import check_cluster
+from launchers.render import job_script
+from launchers.selection import Selection, select
+from post_training.run import ledger
+from post_training.run.directory import RunDirectory, write_atomic
+
+USAGE = """
+usage: python -m launchers.submit stage=<stage> [<key>=<value> ...] [dry_run=true] [-m]
+
+Submits one stage of a pipeline: a name in its graph, or a technique. Its inputs are the outputs of the
+pipeline's upstream stages, or what inputs.* and model.name_or_path say.
+"""
+SOURCE = Path(__file__).resolve().parent.parent
+SNAPSHOT = ("conf", "launchers", "post_training", "templates")
+SUFFIXES = (".py", ".yaml", ".j2")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    return cli.run(lambda tokens: select(tokens, only_one=True), launch, USAGE, argv)
+
+
+def launch(selection: Selection) -> int:
+    """Plan, write and submit; or print what would be done. Returns the exit status.
+
+    Raises ConfigError and LaunchError; then no job and no new file is left.
+    """
+    if selection.dry_run:
+        print(preview(make_plan(selection, ask=False)), end="")
+        return 0
+    check_cluster(selection.configs)
+    with _pipeline_lock(selection.output_base / selection.run_name):
+        plan = make_plan(selection)
+        with _undo_on_failure(plan) as undo:
+            write(plan, undo)
+            if plan.scheduler == "slurm":
+                submit(plan, undo)
+    _show(plan)
+    if plan.scheduler == "local":
+        return _supervise(plan)
+    return 0
+
+
+# -------------------------------------------------------------------------------------------- writing
+
+
+class _Undo:
+    """What this command has made so far."""
+
+    def __init__(self) -> None:
+        self.made: list[Path] = []
+        self.submitted: list[Planned] = []
+        self.description: str | None = None
+
+
+@contextlib.contextmanager
+def _pipeline_lock(folder: Path) -> Iterator[None]:
+    """One command at a time plans and submits in a pipeline's folder: whoever comes second finds the first's jobs.
+
+    A folder in which nothing was made is gone afterwards.
+    """
+    from filelock import FileLock, Timeout
+
+    missing = next((p for p in [*reversed(folder.parents), folder] if not p.exists()), None)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".submit.lock", timeout=60)
+        with lock:
+            yield
+    except Timeout as error:
+        raise LaunchError(
+            f"another command has been submitting in {folder} for a minute", "wait for it, then try again"
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            "paths.output_base", error.filename or folder, error.strerror or str(error), "choose a folder of yours"
+        ) from error
+    finally:
+        if missing is not None and [p.name for p in _listing(folder)] in ([".submit.lock"], []):
+            with contextlib.suppress(OSError):
+                (folder / ".submit.lock").unlink(missing_ok=True)
+                while folder != missing.parent:
+                    folder.rmdir()
+                    folder = folder.parent
+
+
+def _listing(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []
+
+
+@contextlib.contextmanager
+def _undo_on_failure(plan: Plan) -> Iterator[_Undo]:
+    """Where the block fails, cancel the jobs and remove the folders that it made."""
+    undo = _Undo()
+    try:
+        yield undo
+    except BaseException:
+        ids = [planned.job_id for planned in undo.submitted if planned.job_id is not None]
+        if ids:
+            slurm.cancel(ids, conf=plan.slurm_conf)
+            gone = slurm.wait_gone(ids, conf=plan.slurm_conf)
+            if not gone:
+                print(f"warning: jobs {', '.join(ids)} may not be cancelled: see squeue", file=sys.stderr)
+        for folder in undo.made:
+            shutil.rmtree(folder, ignore_errors=True)
+        for planned in undo.submitted:
+            if planned.run.root not in undo.made:
+                ledger.append(
+                    planned.run.ledger, "cancelled", reason="another stage of the chain could not be submitted"
+                )
+        description = plan.folder / PIPELINE_FILE
+        if undo.description is not None:
+            write_atomic(description, undo.description)
+        elif undo.made:
+            description.unlink(missing_ok=True)
+        raise
+
+
+def snapshot() -> dict[str, bytes]:
+    """The code that runs are frozen with, by relative path, read once for all runs of a command."""
+    return {
+        str(path.relative_to(SOURCE)): path.read_bytes()
+        for part in SNAPSHOT
+        for path in sorted((SOURCE / part).rglob("*"))
+        if path.suffix in SUFFIXES and "__pycache__" not in path.parts
+    }
+
+
+def _write_code(run: RunDirectory, code: dict[str, bytes]) -> None:
+    shutil.rmtree(run.code, ignore_errors=True)
+    for name, content in code.items():
+        path = run.code / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def python_of(planned: Planned) -> str:
+    """The Python of a run's job."""
+    return planned.cfg.cluster.python or sys.executable
+
+
+def write(plan: Plan, undo: _Undo) -> None:
+    """Make the run directories of the stages to submit, and pipeline.json. Their scripts follow at submission."""
+    code = snapshot()
+    for planned in plan.stages.values():
+        if not planned.to_submit:
+            continue
+        run = planned.run
+        if not run.root.exists():
+            undo.made.append(run.root)
+        run.create()
+        if not planned.started:
+            _write_code(run, code)
+        dumped = yaml.dump(
+            planned.frozen, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False, allow_unicode=True
+        )
+        write_atomic(run.config, dumped)
+        if plan.scheduler == "local":
+            write_atomic(run.script, job_script(planned.cfg, run, python_of(planned)))
+    description = plan.folder / PIPELINE_FILE
+    with contextlib.suppress(OSError):
+        undo.description = description.read_text()
+    write_atomic(description, json.dumps(plan.description(), indent=1) + "\n")
+
+
+# ------------------------------------------------------------------------------------------ submitting
+
+
+def dependencies(plan: Plan, planned: Planned) -> list[str]:
+    """Job ids that must end well before this stage starts."""
+    ids = [job_id for up in planned.after if up in plan.stages and (job_id := plan.stages[up].job_id) is not None]
+    return list(dict.fromkeys([*ids, *planned.waits_for]))
+
+
+def submit(plan: Plan, undo: _Undo) -> None:
+    """Submit a plan's stages, upstream first, each after the jobs that it needs. Raises LaunchError."""
+    from launchers.executor import RunExecutor
+
+    stale = [planned.replaces for planned in plan.stages.values() if planned.replaces is not None]
+    if stale and (refused := slurm.cancel(stale, conf=plan.slurm_conf)):
+        raise LaunchError(f"jobs {', '.join(stale)} wait for jobs that failed, and cannot be cancelled: {refused.why}")
+    for planned in plan.stages.values():
+        if planned.to_submit:
+            script = job_script(planned.cfg, planned.run, python_of(planned), dependencies(plan, planned))
+            job = RunExecutor(planned.run, script, plan.cluster, plan.slurm_conf).submit_run()
+            planned.job_id = job.job_id
+            undo.submitted.append(planned)
+
+
+def _supervise(plan: Plan) -> int:
+    """Run a plan's stages on this machine, in the foreground."""
+    from launchers.local import LocalRun, supervise
+
+    waiting = [p for p in plan.stages.values() if p.decision != "done"]
+    if not waiting:
+        return 0
+    names = {p.name for p in waiting}
+    return supervise(
+        [
+            LocalRun(
+                run=p.run,
+                after=tuple(up for up in p.after if up in names),
+                cpus=max(1, p.cfg.slurm.gpus_per_node) * p.cfg.slurm.cpus_per_gpu,
+                wall_time=parse_wall_time(p.cfg.slurm.wall_time),
+                signal_time=p.cfg.slurm.signal_time_seconds,
+            )
+            for p in waiting
+        ]
+    )
+
+
+# --------------------------------------------------------------------------------------------- showing
+
+WORDS = {"new": "submitted", "again": "submitted again", "live": "queued or running already", "done": "done before"}
+
+
+def _show(plan: Plan) -> None:
+    local = plan.scheduler == "local"
+    rows = [("stage", "job", "", "after", "run directory")]
+    for planned in plan.stages.values():
+        what = WORDS[planned.decision]
+        if local and planned.to_submit:
+            what = "to run" if planned.decision == "new" else "to go on"
+        if planned.elsewhere:
+            what = f"reused from {planned.run.pipeline}"
+        after = [up for up in planned.after if up not in plan.stages or plan.stages[up].decision != "done"]
+        rows.append((planned.name, planned.job_id or "-", what, ", ".join(after) or "-", _near(planned.run.root)))
+    # plain text: one line a stage whatever the terminal's width, for eyes and for grep
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    if not any(planned.to_submit for planned in plan.stages.values()):
+        print("nothing to submit")
+    print(f"look:  python -m launchers.status {_hint(plan)}", flush=True)
+
+
+def _near(path: Path) -> str:
+    with contextlib.suppress(ValueError):
+        return str(path.relative_to(Path.cwd()))
+    return str(path)
+
+
+def _hint(plan: Plan) -> str:
+    return _near(plan.folder)
+
+
+def preview(plan: Plan) -> str:
+    """What a plan would do: the graph, and each script. SLURM was not asked, so job ids stand as <job of ...>."""
+    width = max(len(name) for name in plan.stages)
+    lines = [f"pipeline {plan.name} on cluster={plan.cluster}, in {plan.folder}", ""]
+    for planned in plan.stages.values():
+        after = f" after {', '.join(planned.after)}" if planned.after else ""
+        word = {"done": "done before", "live": "running already"}.get(planned.decision, "to submit")
+        if planned.elsewhere:
+            word = f"reused from {planned.run.root}"
+        lines.append(f"  {planned.name:{width}}  {planned.cfg.stage:4}  {word}{after}")
+    for planned in plan.stages.values():
+        if planned.to_submit:
+            ups = [up for up in planned.after if up in plan.stages and plan.stages[up].decision != "done"]
+            waits = [*(f"<job of {up}>" for up in ups), *planned.waits_for]
+            script = job_script(planned.cfg, planned.run, python_of(planned), waits)
+            lines += ["", f"# {'-' * 20} {planned.run.script}", script.rstrip()]
+    return os.linesep.join(lines) + os.linesep
+
+
+if __name__ == "__main__":
+    sys.exit(main())

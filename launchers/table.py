@@ -1,0 +1,174 @@
+"""What a look at a run reads and shows: its history, newest metrics, bars and durations.
+
+Shared by status and the local supervisor. Files that people or power cuts damaged are read as far as they go.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from post_training.run import ledger
+from post_training.run.directory import RunDirectory
+from post_training.run.history import History, summarise
+
+TAIL_BYTES = 8192
+STYLES = {
+    "running": "cyan", "stopping": "yellow", "requeued": "yellow", "done": "green", "failed": "bold red",
+    "cancelled": "magenta", "unknown": "yellow", "waiting": "dim", "queued": "blue",
+}  # fmt: skip
+
+
+_NEEDS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "submitted": {"job_id": str, "cluster": str},
+    "attempt_started": {"attempt": int, "job_id": str},
+    "checkpoint_saved": {"step": int},
+    "attempt_ended": {"outcome": str, "action": str},
+    "cancelled": {"reason": str},
+    "reused": {"run_dir": str},
+}
+"""What `summarise` takes from each event."""
+
+
+@dataclass(frozen=True)
+class Story:
+    """A run's history, and what is wrong with the ledger that tells it."""
+
+    history: History
+    problem: str | None = None
+
+
+def read_history(run: RunDirectory) -> Story:
+    """What the ledger says. Events that lack what they must have are left out and counted."""
+    try:
+        text = run.ledger.read_text(encoding="utf-8", errors="replace")
+        events = ledger.parse(text)
+    except FileNotFoundError:
+        return Story(History())
+    except (OSError, RecursionError) as error:
+        return Story(History(), f"ledger.jsonl cannot be read: {getattr(error, 'strerror', None) or error}")
+    good = [event for event in events if _sound(event)]
+    lines = sum(1 for line in text.splitlines() if line.strip())
+    if len(good) == lines:
+        return Story(summarise(good))
+    return Story(summarise(good), f"ledger.jsonl: {lines - len(good)} of {lines} lines are damaged")
+
+
+def _sound(event: ledger.Event) -> bool:
+    needs = _NEEDS.get(event["event"], {})
+    if event["event"] == "attempt_ended" and not isinstance(event.get("reason"), str | None):
+        return False
+    return number(event["time"]) is not None and all(isinstance(event.get(name), kind) for name, kind in needs.items())
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The newest figures of a run's metrics.jsonl; None where it has none."""
+
+    step: int | None = None
+    max_steps: int | None = None
+    time: float | None = None
+    loss: float | None = None
+    reward: float | None = None
+    seconds_per_step: float | None = None
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Seconds to the last step at the rate of the newest ones."""
+        if self.step is None or self.max_steps is None or self.seconds_per_step is None:
+            return None
+        return max(0, self.max_steps - self.step) * self.seconds_per_step
+
+
+def number(value: Any) -> float | None:
+    """A finite number as it is, anything else as None."""
+    good = isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
+    return value if good else None
+
+
+def _parse(data: bytes) -> list[dict[str, Any]]:
+    records = []
+    for line in data.decode(errors="replace").split("\n"):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            continue  # a torn line, or the piece at which the tail begins
+        if isinstance(entry, dict):
+            records.append(entry)
+    return records
+
+
+def read_metrics(path: Path) -> Metrics:
+    """The newest figures, from the file's last bytes; its first line may hold `max_steps`."""
+    try:
+        with path.open("rb") as file:
+            start = max(0, file.seek(0, 2) - TAIL_BYTES)
+            file.seek(start)
+            records = _parse(file.read())
+            if start and not any("max_steps" in entry for entry in records):
+                file.seek(0)
+                records = _parse(file.readline(TAIL_BYTES)) + records
+    except (OSError, ValueError):  # ValueError: a damaged file named a path that cannot be one
+        return Metrics()
+    return summarise_metrics(records)
+
+
+def summarise_metrics(records: list[dict[str, Any]]) -> Metrics:
+    """The newest of each figure, and the median time of a step. Pure."""
+
+    def newest(name: str) -> float | None:
+        return next((v for entry in reversed(records) if (v := number(entry.get(name))) is not None), None)
+
+    rates = []
+    for before, after in itertools.pairwise(records):
+        steps = (number(after.get("step")) or 0) - (number(before.get("step")) or 0)
+        t0, t1 = number(before.get("time")), number(after.get("time"))
+        if steps > 0 and t0 is not None and t1 is not None and t1 >= t0:
+            rates.append((t1 - t0) / steps)
+    step, max_steps = newest("step"), newest("max_steps")
+    return Metrics(
+        step=None if step is None else int(step),
+        max_steps=None if max_steps is None else int(max_steps),
+        time=newest("time"), loss=newest("loss"), reward=newest("reward"),
+        seconds_per_step=statistics.median(rates) if rates else None,
+    )  # fmt: skip
+
+
+def bar(step: float | None, total: float | None, width: int = 10, ascii_only: bool = False) -> str:
+    """A bar of `width` characters; empty where the total is not known."""
+    if step is None or not total or total <= 0:
+        return ""
+    full = round(width * min(1.0, max(0.0, step / total)))
+    done, rest = ("#", ".") if ascii_only else ("█", "░")
+    return done * full + rest * (width - full)
+
+
+def duration(seconds: float | None) -> str:
+    """A duration as squeue writes it: M:SS, H:MM:SS or D-HH:MM:SS."""
+    if seconds is None:
+        return ""
+    whole = max(0, int(seconds))
+    days, rest = divmod(whole, 86400)
+    hours, rest = divmod(rest, 3600)
+    minutes, secs = divmod(rest, 60)
+    if days:
+        return f"{days}-{hours:02}:{minutes:02}:{secs:02}"
+    return f"{hours}:{minutes:02}:{secs:02}" if hours else f"{minutes}:{secs:02}"
+
+
+def figure(value: float | None) -> str:
+    """Three or four digits that matter."""
+    if value is None:
+        return ""
+    return f"{value:.3g}" if value and (abs(value) < 0.01 or abs(value) >= 1e4) else f"{value:.3f}"
+
+
+def loss_or_reward(loss: float | None, reward: float | None) -> str:
+    """What is being optimised: the reward where there is one."""
+    if reward is not None:
+        return f"reward {figure(reward)}"
+    return f"loss {figure(loss)}" if loss is not None else ""

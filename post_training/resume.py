@@ -1,0 +1,45 @@
+"""Checkpoints on disk: which is the newest complete one, what is set aside, what is removed."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from post_training.run import manifest
+from post_training.run.directory import RunDirectory
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def checkpoint_steps(run: RunDirectory) -> list[tuple[int, Path]]:
+    """Every checkpoint folder with its step, oldest first, whole or not."""
+    if not run.checkpoints.is_dir():
+        return []
+    found = ((_NAME.fullmatch(p.name), p) for p in run.checkpoints.iterdir() if p.is_dir())
+    return sorted((int(m.group(1)), p) for m, p in found if m)
+
+
+def newest_complete(run: RunDirectory) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest checkpoint whose files are all there and undamaged, and the newer ones that are not, with reasons."""
+    broken = []
+    for _, folder in reversed(checkpoint_steps(run)):
+        problem = manifest.problem(folder, hashes=True)
+        if problem is None:
+            return folder, broken
+        broken.append((folder, problem))
+    return None, broken
+
+
+def set_aside(folder: Path, attempt: int) -> Path:
+    """Keep a broken checkpoint out of the way of later saves under the same step; nothing is deleted."""
+    target = folder.with_name(f"broken-{folder.name}-attempt-{attempt}")
+    return folder.rename(target)
+
+
+def rotate(run: RunDirectory, limit: int) -> None:
+    """Remove the oldest complete checkpoints beyond `limit`. Called only after the newest has its manifest."""
+    complete = [folder for _, folder in checkpoint_steps(run) if manifest.problem(folder) is None]
+    for folder in complete[:-limit]:
+        (folder / manifest.NAME).unlink()  # first, so that a half-removed folder is not taken for a whole one
+        shutil.rmtree(folder)

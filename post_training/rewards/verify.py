@@ -1,0 +1,76 @@
+"""Verifiable rewards, and the one answer parser that rewards and evaluation share. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from conf.schema import Reward
+
+RewardFunction = Callable[..., list[float]]
+
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_NUMBER = re.compile(r"[-+]?\$?\d[\d,]*(?:\.\d+)?")
+_FORMAT = re.compile(r"\s*<think>(?:(?!</?think>|</?answer>).)*</think>\s*<answer>[^<]+</answer>\s*", re.DOTALL)
+
+
+def number(text: str) -> Decimal | None:
+    """The number that `text` is, with $ signs, thousands commas and a final dot taken off; None if it is none."""
+    match = _NUMBER.fullmatch(text.strip().rstrip("."))
+    if match is None:
+        return None
+    try:
+        return Decimal(match.group().replace("$", "").replace(",", ""))
+    except InvalidOperation:
+        return None
+
+
+def parse_answer(text: str) -> Decimal | None:
+    """The number in the last <answer>...</answer> of a completion; None where there is no such number."""
+    answers = _ANSWER.findall(text)
+    return number(answers[-1]) if answers else None
+
+
+def is_correct(text: str, answer: str) -> bool:
+    """Whether a completion's answer equals the expected one as a number."""
+    expected = number(answer)
+    return expected is not None and parse_answer(text) == expected
+
+
+def has_format(text: str) -> bool:
+    """Whether a completion is exactly one <think>...</think> and one <answer>...</answer>."""
+    return _FORMAT.fullmatch(text) is not None
+
+
+def text_of(completion: Any) -> str:
+    """The text of a completion, conversational ([{role, content}]) or plain."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def correct(prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:
+    """1 for the right answer, else 0."""
+    return [float(is_correct(text_of(c), a)) for c, a in zip(completions, answer, strict=True)]
+
+
+def format(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
+    """1 for think/answer form, else 0: bounded, so that form alone never beats an answer."""
+    return [float(has_format(text_of(c))) for c in completions]
+
+
+def random(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
+    """A coin flip drawn from the texts, the same in every attempt: a control that must not teach anything."""
+
+    def flip(prompt: Any, completion: Any) -> float:
+        digest = hashlib.sha256(f"{text_of(prompt)}\0{text_of(completion)}".encode()).digest()
+        return float(digest[0] & 1)
+
+    return [flip(p, c) for p, c in zip(prompts, completions, strict=True)]
+
+
+def reward_functions(weights: Reward) -> tuple[list[RewardFunction], list[float]]:
+    """The functions with a weight other than 0, and their weights."""
+    chosen = [(f, w) for f, w in ((correct, weights.correct), (format, weights.format), (random, weights.random)) if w]
+    return [f for f, _ in chosen], [w for _, w in chosen]

@@ -1,0 +1,142 @@
+"""What the training stages share: the start model, the trainer's arguments."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from conf.check import accumulation_steps
+from conf.schema import Config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from post_training.run.directory import RunDirectory
+
+
+@dataclass
+class Stage:
+    """One stage to train: its config, its run directory and where its models come from."""
+
+    cfg: Config
+    run: RunDirectory
+    tokenizer: PreTrainedTokenizerBase
+    model_path: str | None  # start model; None: from scratch
+    reference_path: str | None  # frozen reference; None: the start model
+    reward_model_path: str | None
+
+
+def dtype(cfg: Config) -> torch.dtype:
+    return getattr(torch, cfg.model.dtype)
+
+
+def build_model(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A Llama from `model.hidden_size` and its fellows, with random weights drawn from the seed."""
+    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+    model = cfg.model
+    set_seed(cfg.seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_heads,
+        max_position_embeddings=model.max_position_embeddings,
+        tie_word_embeddings=model.tie_word_embeddings,
+        initializer_range=model.initializer_range,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        attn_implementation=model.attn_implementation,
+    )
+    return LlamaForCausalLM(config).to(dtype(cfg))
+
+
+def load_causal_lm(cfg: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A causal LM from a folder or hub id, its embedding grown where the tokenizer has new tokens."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype(cfg), attn_implementation=cfg.model.attn_implementation
+    )
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model
+
+
+def load_reward_model(cfg: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A scalar reward model: a causal LM's trunk with one output. A new head starts from the seed."""
+    from transformers import AutoModelForSequenceClassification, set_seed
+
+    set_seed(cfg.seed)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        path, num_labels=1, dtype=dtype(cfg), attn_implementation=cfg.model.attn_implementation
+    )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def trainer_arguments(stage: Stage, lr: float) -> dict[str, Any]:
+    """Keyword arguments that every trainer's config takes, TrainingArguments and TRL's alike.
+
+    Checkpoint rotation is ours (post_training.resume), since Trainer's own deletes the old checkpoint before
+    the new one has its manifest.
+    """
+    cfg, training = stage.cfg, stage.cfg.training
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(stage.run.logs)
+    on_cpu = not torch.cuda.is_available()
+    half = training_precision(cfg)
+    length: dict[str, Any] = {}
+    if training.max_steps is not None:
+        length["max_steps"] = training.max_steps
+    elif training.num_training_samples is not None:
+        length["max_steps"] = -(-training.num_training_samples // training.effective_batch_size)
+    elif training.num_train_epochs is not None:
+        length["num_train_epochs"] = training.num_train_epochs
+    return {
+        "output_dir": str(stage.run.checkpoints),
+        **length,
+        "per_device_train_batch_size": training.per_device_train_batch_size,
+        "gradient_accumulation_steps": accumulation_steps(cfg),
+        "learning_rate": lr,
+        "lr_scheduler_type": training.lr_scheduler,
+        "warmup_steps": training.warmup_steps,
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "gradient_checkpointing": training.gradient_checkpointing,
+        "bf16": half == "bfloat16",
+        "fp16": half == "float16",
+        "seed": cfg.seed,
+        "logging_steps": cfg.logging.steps,
+        "logging_first_step": True,
+        "report_to": list(cfg.logging.report_to),
+        "run_name": f"{stage.run.pipeline}/{stage.run.name}",
+        "disable_tqdm": True,
+        "save_strategy": "steps",
+        "save_steps": cfg.checkpointing.save_steps,
+        "save_total_limit": None,
+        "use_cpu": on_cpu,
+        # a backend named in a single process makes accelerate look for a process group that is not there
+        "ddp_backend": (cfg.parallel.backend or ("gloo" if on_cpu else "nccl")) if "WORLD_SIZE" in os.environ else None,
+        "ddp_timeout": cfg.parallel.timeout_minutes * 60,
+        "dataloader_pin_memory": not on_cpu,
+    }
+
+
+def training_precision(cfg: Config) -> str:
+    """Autocast type of the forward pass; weights are held in the same type (`model.dtype`)."""
+    return cfg.model.dtype
+
+
+def steps_for_tokens(cfg: Config, lengths: list[int]) -> int:
+    """Optimizer steps until `training.num_training_tokens` prepared tokens were seen, at the mean row's length."""
+    assert cfg.training.num_training_tokens is not None
+    tokens_per_step = cfg.training.effective_batch_size * sum(lengths) / len(lengths)
+    return max(1, round(cfg.training.num_training_tokens / tokens_per_step))

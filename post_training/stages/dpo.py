@@ -1,0 +1,32 @@
+"""dpo: direct preference optimisation against a frozen reference."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from post_training import data
+from post_training.stages.common import Stage, load_causal_lm, trainer_arguments
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+def build_trainer(stage: Stage) -> Trainer:
+    """TRL's DPOTrainer. The reference is always loaded from its own path, so that a resumed attempt keeps it."""
+    from trl import DPOConfig, DPOTrainer
+
+    cfg = stage.cfg
+    assert stage.model_path is not None
+    args = DPOConfig(
+        **trainer_arguments(stage, cfg.dpo.lr),
+        beta=cfg.dpo.beta,
+        loss_type=[cfg.dpo.loss_type],
+        max_length=cfg.training.max_length,
+    )
+    return DPOTrainer(
+        model=load_causal_lm(cfg, stage.model_path, stage.tokenizer),
+        ref_model=load_causal_lm(cfg, stage.reference_path or stage.model_path, stage.tokenizer),
+        args=args,
+        train_dataset=data.load(cfg.data).preferences("train"),
+        processing_class=stage.tokenizer,
+    )

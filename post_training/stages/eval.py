@@ -1,0 +1,227 @@
+"""eval: the held-out judgement of one model, in seconds, offline.
+
+A policy is asked the held-out problems greedily and judged by the same parser as the rewards; a reward model is
+judged on held-out pairs. What a data set cannot ask is left out of the results, not guessed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from conf.schema import Reward
+from post_training import data
+from post_training.data.source import DataError
+from post_training.rewards.verify import has_format, is_correct
+from post_training.run import ledger
+from post_training.run.directory import RunDirectory, write_atomic
+from post_training.stages.common import Stage, load_causal_lm, load_reward_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+VERSION = 1
+
+
+def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """Interval of a proportion (Wilson 1927): for z=1.96, 95 %.
+
+    centre = (p + z^2/2n) / (1 + z^2/n), half width = z sqrt(p(1-p)/n + z^2/4n^2) / (1 + z^2/n)
+    """
+    p, z2 = successes / trials, z * z
+    centre = (p + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = z * math.sqrt(p * (1 - p) / trials + z2 / (4 * trials**2)) / (1 + z2 / trials)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def repetition(ids: Sequence[int], n: int = 4) -> float:
+    """Share of a text's n-grams that occurred in it before: 0 where none repeats."""
+    grams = Counter(tuple(ids[i : i + n]) for i in range(len(ids) - n + 1))
+    total = sum(grams.values())
+    return 1 - len(grams) / total if total else 0.0
+
+
+def evaluate(run: RunDirectory, attempt: int) -> int:
+    """Judge the run's input model and write its output: results.json and samples.jsonl."""
+    from post_training.train import finish, open_stage
+
+    stage = open_stage(run)
+    assert stage.model_path is not None
+    ledger.append(run.ledger, "training_started", attempt=attempt, step=0)
+    config = json.loads((Path(stage.model_path) / "config.json").read_text()) if Path(stage.model_path).is_dir() else {}
+    is_reward_model = any("SequenceClassification" in a for a in config.get("architectures") or [])
+    results, samples = judge_reward_model(stage) if is_reward_model else judge_policy(stage)
+    partial = run.model.with_name("model.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    write_atomic(partial / "results.json", json.dumps({"version": VERSION, **results}, indent=1) + "\n")
+    write_atomic(partial / "samples.jsonl", "".join(json.dumps(s) + "\n" for s in samples))
+    finish(run, partial)
+    return 0
+
+
+def judge_reward_model(stage: Stage) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Held-out preference accuracy and margin of a reward model."""
+    cfg, tokenizer = stage.cfg, stage.tokenizer
+    assert stage.model_path is not None
+    model = load_reward_model(cfg, stage.model_path, tokenizer).eval()
+    pairs = data.load(cfg.data).preferences("held_out")
+    pairs = pairs.select(range(min(len(pairs), cfg.eval.num_problems)))
+    scores: dict[str, list[float]] = {}
+    for side in ("chosen", "rejected"):
+        texts = [tokenizer.apply_chat_template(r["prompt"] + r[side], tokenize=False) for r in pairs]
+        scores[side] = _reward_scores(model, tokenizer, texts, cfg.eval.batch_size, cfg.training.max_length)
+    margins = [c - r for c, r in zip(scores["chosen"], scores["rejected"], strict=True)]
+    wins = sum(m > 0 for m in margins)
+    low, high = wilson_interval(wins, len(margins))
+    results = {
+        "metric": "preference_accuracy",
+        "score": wins / len(margins),
+        "score_low": low,
+        "score_high": high,
+        "count": len(margins),
+        "margin": sum(margins) / len(margins),
+    }
+    return results, []
+
+
+@torch.no_grad()
+def _reward_scores(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], batch_size: int, max_length: int
+) -> list[float]:
+    scores: list[float] = []
+    for chunk in _chunks(texts, batch_size):
+        batch = tokenizer(chunk, add_special_tokens=False, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+        scores += model(**batch.to(model.device)).logits[:, 0].float().tolist()
+    return scores
+
+
+def judge_policy(stage: Stage) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Greedy accuracy, form, repetition and length on held-out problems; perplexity of held-out text and answers."""
+    cfg, tokenizer = stage.cfg, stage.tokenizer
+    assert stage.model_path is not None
+    model = load_causal_lm(cfg, stage.model_path, tokenizer).eval()
+    if torch.cuda.is_available():
+        model = model.cuda()  # type: ignore[assignment]
+    source = data.load(cfg.data)
+    limit = cfg.eval.num_problems
+    results: dict[str, Any] = {"metric": None, "score": None}
+    samples: list[dict[str, Any]] = []
+    started = time.monotonic()
+
+    try:
+        problems = source.problems("held_out")
+    except DataError:
+        problems = None
+    if problems is not None:
+        problems = problems.select(range(min(len(problems), limit)))
+        answers = greedy_answers(model, tokenizer, problems["prompt"], cfg.eval.max_new_tokens, cfg.eval.batch_size)
+        right = [is_correct(text, a) for (text, _), a in zip(answers, problems["answer"], strict=True)]
+        form = [has_format(text) for text, _ in answers]
+        weights = Reward()
+        low, high = wilson_interval(sum(right), len(right))
+        results |= {
+            "metric": "accuracy",
+            "score": sum(right) / len(right),
+            "score_low": low,
+            "score_high": high,
+            "count": len(right),
+            "format": sum(form) / len(form),
+            "reward": _mean([weights.correct * r + weights.format * f for r, f in zip(right, form, strict=True)]),
+            "repetition": _mean([repetition(ids) for _, ids in answers]),
+            "length": _mean([float(len(ids)) for _, ids in answers]),
+        }
+        samples = [
+            {"prompt": p[-1]["content"], "answer": a, "completion": text, "correct": ok}
+            for p, a, (text, _), ok in zip(problems["prompt"], problems["answer"], answers, right, strict=True)
+        ]
+
+    for name, rows in (("perplexity_text", _documents), ("perplexity_answers", _demonstrations)):
+        try:
+            tokens = rows(source, tokenizer, limit, cfg.training.max_length)
+        except DataError:
+            continue
+        results[name] = perplexity(model, tokens, cfg.eval.batch_size, tokenizer.pad_token_id)
+    results["seconds"] = round(time.monotonic() - started, 1)
+    return results, samples
+
+
+@torch.no_grad()
+def greedy_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], max_new_tokens: int, batch_size: int
+) -> list[tuple[str, list[int]]]:
+    """Greedy completions, as text and as token ids up to the end of the turn, in the prompts' order.
+
+    Prompts of a batch are padded on the left; sorting them by length keeps the padding small.
+    """
+    tokenizer.padding_side = "left"
+    texts = [tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p in prompts]
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    found: dict[int, tuple[str, list[int]]] = {}
+    for chunk in _chunks(order, batch_size):
+        batch = tokenizer([texts[i] for i in chunk], add_special_tokens=False, padding=True, return_tensors="pt")
+        out = model.generate(
+            **batch.to(model.device),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        for i, ids in zip(chunk, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+            if tokenizer.eos_token_id in ids:
+                ids = ids[: ids.index(tokenizer.eos_token_id)]
+            found[i] = (tokenizer.decode(ids, skip_special_tokens=True), ids)
+    return [found[i] for i in range(len(texts))]
+
+
+@torch.no_grad()
+def perplexity(
+    model: PreTrainedModel, rows: list[tuple[list[int], list[int]]], batch_size: int, pad_token_id: int
+) -> float:
+    """exp of the mean negative log-likelihood of the tokens whose mask is 1, over all rows together.
+
+    rows: (token ids, mask) of one length each; the first token of a row is never predicted.
+    """
+    total, count = 0.0, 0
+    for chunk in _chunks(rows, max(1, batch_size // 4)):
+        width = max(len(ids) for ids, _ in chunk)
+        ids = torch.tensor([r + [pad_token_id] * (width - len(r)) for r, _ in chunk], device=model.device)
+        keep = torch.tensor([m + [0] * (width - len(m)) for _, m in chunk], device=model.device)
+        attention = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r, _ in chunk], device=model.device)
+        logits = model(input_ids=ids, attention_mask=attention).logits[:, :-1].float()
+        nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        kept = keep[:, 1:].flatten()
+        total += float((nll * kept).sum())
+        count += int(kept.sum())
+    return math.exp(min(total / max(count, 1), 50.0))
+
+
+def _documents(source: data.Source, tokenizer: PreTrainedTokenizerBase, limit: int, width: int) -> list[tuple[list[int], list[int]]]:
+    texts = source.documents("held_out")["text"][:limit]
+    rows = [(tokenizer(t, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id])[:width] for t in texts]
+    return [(ids, [1] * len(ids)) for ids in rows]
+
+
+def _demonstrations(source: data.Source, tokenizer: PreTrainedTokenizerBase, limit: int, width: int) -> list[tuple[list[int], list[int]]]:
+    rows = []
+    for messages in source.demonstrations("held_out")["messages"][:limit]:
+        marked = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        rows.append((list(marked["input_ids"])[:width], list(marked["assistant_masks"])[:width]))
+    return rows
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _chunks(items: Sequence[Any], size: int) -> Iterator[Any]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,84 @@
+#!/bin/bash
+# full/sft: made by launchers.render from templates/local.sh.j2. The run's frozen config is beside it.
+# shellcheck disable=SC2016  # values stand in single quotes so that no shell expands them
+
+RUN_DIR=/data/outputs/full/sft
+PYTHON='/opt/py thon/bin/python'
+JOB_ID=${POST_TRAINING_JOB_ID:?set by the local supervisor}
+NODE=$(hostname)
+# pure SLURM output: users' formats must not change what our tools read
+unset SQUEUE_FORMAT SINFO_FORMAT SACCT_FORMAT
+export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
+export OMP_NUM_THREADS=1
+# after modules and setup, which may read unset variables and change the path: the run's code is its snapshot
+set -u
+export PYTHONPATH="$RUN_DIR/code"
+cd "$RUN_DIR" || exit 2
+
+life() { "$PYTHON" -m post_training.run.life "$@"; }
+
+attempt=$(life begin "$RUN_DIR" --job-id "$JOB_ID" --node "$NODE")
+code=$?
+if [ "$code" -eq 3 ]; then exit 0; fi # finished before: a preempted job is requeued even so
+if [ "$code" -ne 0 ]; then exit "$code"; fi
+export POST_TRAINING_ATTEMPT=$attempt
+
+signal=""      # what asked this attempt to stop
+interrupted=0  # a trap ran, so `wait` returned early
+late=0         # the stop request was not answered in time
+timer=""
+
+# Handlers only record the request: the training processes look for it between steps, save and leave.
+# shellcheck disable=SC2317  # called by the traps
+ask() {
+  interrupted=1
+  if [ -n "$signal" ]; then return; fi
+  signal=$1
+  life stop "$RUN_DIR" --attempt "$attempt" --signal "$signal"
+  # `read -t` on a pipe that stays silent: a sleep that leaves no process behind when its shell is killed
+  (read -rt 270 <> <(:); kill -USR2 $$) &
+  timer=$!
+}
+trap 'ask USR1' USR1
+trap 'ask TERM' TERM
+trap 'interrupted=1; late=1' USR2
+
+export MASTER_ADDR=127.0.0.1 MASTER_PORT=$((10000 + $$ % 20000)) WORLD_SIZE=1
+launch() {
+  local rank ranks=() code=0 status
+  for ((rank = 0; rank < WORLD_SIZE; rank++)); do
+    RANK=$rank LOCAL_RANK=$rank "$PYTHON" -m post_training.train "$RUN_DIR" &
+    ranks+=("$!")
+  done
+  for rank in "${ranks[@]}"; do
+    wait "$rank"
+    status=$?
+    if [ "$status" -ne 0 ] && [ "$code" -eq 0 ]; then
+      code=$status
+      # as srun's --kill-on-bad-exit: one rank that failed takes the others with it
+      if [ "$status" -ne 85 ]; then kill "${ranks[@]}" 2>/dev/null; fi
+    fi
+  done
+  return "$code"
+}
+launch &
+main=$!
+
+# bash runs traps only between commands, and a trap ends `wait` early with a status above 128
+while :; do
+  interrupted=0
+  wait "$main"
+  code=$?
+  if [ "$late" -eq 1 ]; then code=124; break; fi
+  if [ "$interrupted" -eq 0 ]; then break; fi
+done
+if [ -n "$timer" ]; then kill "$timer" 2>/dev/null; fi
+
+action=$(life end "$RUN_DIR" --attempt "$attempt" --code "$code" --signal "$signal") || exit 1
+case $action in
+  requeue)
+    exit 75 # the supervisor starts this script again
+    ;;
+  "exit "*) exit "${action#exit }" ;;
+esac
+exit 1

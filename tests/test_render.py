@@ -1,0 +1,245 @@
+"""Job scripts: golden texts, shellcheck, and the local script run for every way an attempt can end.
+
+UPDATE_GOLDEN=1 writes the golden files anew.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conf.schema import Cluster, Config, Slurm
+from launchers.render import job_script, sbatch_options
+from launchers.submit import SOURCE, snapshot
+from post_training.run import ledger, life, manifest
+from post_training.run.directory import RunDirectory
+from post_training.run.history import History, summarise
+
+GOLDEN = Path(__file__).parent / "golden"
+NASTY = 'it\'s 100% "quoted" $HOME `x` & %j'
+
+
+def cfg(scheduler: str, **slurm: object) -> Config:
+    return Config(cluster=Cluster(name=scheduler, scheduler=scheduler), slurm=Slurm(**slurm))  # type: ignore[arg-type]
+
+
+CASES: dict[str, tuple[Config, str, list[str]]] = {
+    "local": (cfg("local", gpus_per_node=0, cpus_per_gpu=1), "/data/outputs/full/sft", []),
+    "slurm": (cfg("slurm"), "/data/outputs/full/sft", []),
+    "slurm_everything": (
+        replace(
+            cfg(
+                "slurm", partition="gpu", account="a b", qos="high", num_nodes=2, gpus_per_node=4, gpu_type="h100",
+                mem="500G", constraint="a&b", exclude="n[1-2]", modules=["cuda/12.4", "my module"],
+                setup=["ulimit -n 4096"], env={"NCCL_DEBUG": "INFO", "TEXT": "it's $X"},
+            ),
+            offline=True,
+        ),
+        f"/data/{NASTY}/full/ppo",
+        ["17", "18"],
+    ),
+    "slurm_cpu": (cfg("slurm", gpus_per_node=0, num_nodes=2, cpus_per_gpu=2), "/data/outputs/full/eval", ["3"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden(name: str) -> None:
+    config, root, dependency = CASES[name]
+    text = job_script(config, RunDirectory(Path(root)), "/opt/py thon/bin/python", dependency)
+    path = GOLDEN / f"{name}.sh"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text)
+    assert text == path.read_text(), f"UPDATE_GOLDEN=1 pytest {__file__} where the change is meant"
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck")
+@pytest.mark.parametrize("name", CASES)
+def test_shellcheck(name: str, tmp_path: Path) -> None:
+    config, root, dependency = CASES[name]
+    script = tmp_path / "job.sh"
+    script.write_text(job_script(config, RunDirectory(Path(root)), "/opt/py thon/bin/python", dependency))
+    done = subprocess.run(["shellcheck", "--shell=bash", str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_values_reach_the_shell_as_they_are(tmp_path: Path) -> None:
+    config, root, _ = CASES["slurm_everything"]
+    text = job_script(config, RunDirectory(Path(root)), NASTY)
+    lines = [line for line in text.splitlines() if line.startswith(("RUN_DIR=", "PYTHON=", "export TEXT="))]
+    done = subprocess.run(["bash", "-c", "\n".join([*lines, 'printf "%s\\n" "$RUN_DIR" "$PYTHON" "$TEXT"'])], capture_output=True, text=True)  # fmt: skip # noqa: E501
+    assert done.stdout.splitlines() == [root, NASTY, "it's $X"]
+
+
+def test_percent_signs_of_folders_are_not_slurms() -> None:
+    options = sbatch_options(cfg("slurm"), RunDirectory(Path("/a %j/full/sft")), [])
+    assert options["output"] == "/a %%j/full/sft/slurm/slurm-%j.out"
+
+
+def test_dependencies_end_well_or_take_the_job_with_them() -> None:
+    options = sbatch_options(cfg("slurm"), RunDirectory(Path("/a/full/sft")), ["1", "2"])
+    assert options["dependency"] == "afterok:1:2" and options["kill-on-invalid-dep"] == "yes"
+    assert "dependency" not in sbatch_options(cfg("slurm"), RunDirectory(Path("/a/full/sft")), [])
+
+
+# ------------------------------------------------------------------------------------ the script at work
+
+STUB = """
+import os, signal, sys, time
+from pathlib import Path
+from post_training.run import ledger, manifest
+from post_training.run.directory import RunDirectory
+
+run, attempt, behave = RunDirectory(Path(sys.argv[1])), int(os.environ["POST_TRAINING_ATTEMPT"]), os.environ["STUB"]
+print("attempt", attempt, "rank", os.environ["RANK"], flush=True)
+if behave == "crash":
+    sys.exit(7)
+if behave in ("answer", "deaf"):
+    term = []
+    signal.signal(signal.SIGTERM, lambda *_: term.append(1))
+    (run.root / f"ready-{os.environ['RANK']}").touch()
+    for _ in range(600):
+        if behave == "answer" and (run.stop_requested(attempt) or term):
+            sys.exit(85)
+        time.sleep(0.05)
+if behave == "half":
+    sys.exit(0)
+if os.environ["RANK"] == "0":
+    run.model.mkdir(exist_ok=True)
+    (run.model / "weights").write_text("w")
+    manifest.write(run.model, identity="x")
+"""
+
+
+class Script:
+    """A run directory with a stub for the training side, and its script."""
+
+    def __init__(self, root: Path, **slurm: object) -> None:
+        config = cfg("local", gpus_per_node=0, cpus_per_gpu=1, max_failures=2, **slurm)
+        self.run = RunDirectory(root)
+        self.run.create()
+        for name, content in snapshot().items():
+            if name.startswith("post_training/run/") or name == "post_training/__init__.py":
+                path = self.run.code / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+        (self.run.code / "post_training/train.py").write_text(STUB)
+        self.run.config.write_text(yaml.safe_dump({"slurm": {"max_failures": 2}, "inputs": {"model": None}}))
+        self.run.script.write_text(job_script(config, self.run, sys.executable))
+
+    def start(self, behave: str) -> subprocess.Popen[str]:
+        env = {**os.environ, "POST_TRAINING_JOB_ID": "local-1", "STUB": behave}
+        for name in list(env):
+            if name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PYTHONPATH"):
+                del env[name]
+        return subprocess.Popen(
+            ["bash", str(self.run.script)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+
+    def finish(self, process: subprocess.Popen[str], timeout: float = 40) -> tuple[int, str, str]:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        return process.returncode, out, err
+
+    def history(self) -> History:
+        return summarise(ledger.read(self.run.ledger))
+
+    def wait_ready(self, ranks: int = 1) -> None:
+        self.wait(lambda: all((self.run.root / f"ready-{rank}").exists() for rank in range(ranks)))
+
+    @staticmethod
+    def wait(condition: Callable[[], bool], timeout: float = 30) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Script:
+    return Script(tmp_path / NASTY / "full" / "sft", signal_time_seconds=40)
+
+
+def test_finish_and_a_second_start(script: Script) -> None:
+    code, out, err = script.finish(script.start("finish"))
+    assert (code, out) == (0, "attempt 1 rank 0\n"), err
+    assert script.history().outcome == "finished" and manifest.problem(script.run.model) is None
+    code, out, _ = script.finish(script.start("crash"))  # nothing runs: the run is done
+    assert (code, out, script.history().attempts) == (0, "", 1)
+
+
+def test_usr1_saves_and_asks_to_be_started_again(script: Script) -> None:
+    process = script.start("answer")
+    script.wait_ready()
+    process.send_signal(signal.SIGUSR1)  # to the batch shell alone, as SLURM's B: does
+    code, _, err = script.finish(process)
+    assert code == life.REQUEUE, err
+    history = script.history()
+    assert (history.outcome, history.action, history.failures, history.reason) == ("stopped", "requeue", 0, None)
+    assert script.finish(script.start("finish"))[0] == 0
+    assert script.history().attempts == 2
+
+
+def test_usr1_without_an_answer_is_requeued_all_the_same(tmp_path: Path) -> None:
+    script = Script(tmp_path / "run", signal_time_seconds=2)
+    process = script.start("deaf")
+    script.wait_ready()
+    process.send_signal(signal.SIGUSR1)
+    started = time.monotonic()
+    script.wait(lambda: process.poll() is not None)
+    assert time.monotonic() - started < 15
+    os.killpg(process.pid, signal.SIGKILL)  # what the supervisor does with deaf ranks
+    code, _, _ = script.finish(process)
+    assert code == life.REQUEUE
+    assert (script.history().outcome, script.history().failures) == ("stopped", 0)
+    assert "without saving" in str(script.history().reason)
+
+
+def test_crashes_are_started_again_until_they_are_too_many(script: Script) -> None:
+    assert script.finish(script.start("crash"))[0] == life.REQUEUE
+    assert (script.history().failures, script.run.failure_count.read_text()) == (1, "1\n")
+    code, _, _ = script.finish(script.start("crash"))
+    assert code == 7
+    assert script.history().action == "exit" and "gave up after 2 failures" in str(script.history().reason)
+
+
+def test_an_end_without_output_is_a_failure(script: Script) -> None:
+    assert script.finish(script.start("half"))[0] == life.REQUEUE
+    assert script.history().reason == "ended without a complete output"
+
+
+def test_term_ends(script: Script) -> None:
+    process = script.start("answer")
+    script.wait_ready()
+    os.killpg(process.pid, signal.SIGTERM)  # to every process, as on preemption and cancel
+    code, _, err = script.finish(process)
+    assert code == 143, err
+    assert (script.history().outcome, script.history().failures) == ("stopped", 0)
+
+
+def test_an_incomplete_input_is_no_start(script: Script, tmp_path: Path) -> None:
+    source = {"path": str(tmp_path / "nothing"), "run_dir": str(tmp_path)}
+    script.run.config.write_text(yaml.safe_dump({"slurm": {"max_failures": 2}, "inputs": {"model": source}}))
+    code, out, err = script.finish(script.start("finish"))
+    assert (code, out) == (2, "") and "inputs.model" in err and "Traceback" not in err
+
+
+def test_the_script_imports_its_snapshot_and_not_the_checkout(script: Script) -> None:
+    (script.run.code / "post_training/train.py").write_text(
+        "import post_training.run.life, sys; print(post_training.run.life.__file__); sys.exit(1)"
+    )
+    _, out, _ = script.finish(script.start("finish"))
+    assert out.startswith(str(script.run.code)) and str(SOURCE / "post_training") not in out

@@ -1,0 +1,477 @@
+"""What status says: every state from every mixture of sources, and the same in table and JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from launchers import local, slurm, status, table
+from post_training.run import ledger, manifest
+from post_training.run.directory import RunDirectory
+from post_training.run.history import History, summarise
+
+REPO = Path(__file__).resolve().parent.parent
+NOT_WHOLE = "no manifest.json"
+
+
+def job(state: str, reason: str = "None", elapsed: int | None = 65) -> slurm.JobRecord:
+    return slurm.JobRecord("7", state, reason, elapsed, 3600, 2, "n[1-2]", "gpu", "N/A", "N/A", "", "")
+
+
+def story(*events: str, cluster: str = "h100", job_id: str = "7") -> History:
+    """A history from short words, through the real ledger events."""
+    told: list[dict[str, Any]] = []
+    for number, word in enumerate(events):
+        fields: dict[str, Any] = {
+            "submitted": {"event": "submitted", "job_id": job_id, "cluster": cluster},
+            "started": {"event": "attempt_started", "attempt": number, "job_id": job_id, "node": "n1"},
+            "training": {"event": "training_started", "attempt": number, "step": 0},
+            "stop": {"event": "stop_requested", "attempt": number, "signal": "USR1"},
+            "requeue": {"outcome": "stopped", "action": "requeue", "reason": None},
+            "crash": {"outcome": "failed", "action": "requeue", "reason": "exit status 1"},
+            "gave up": {"outcome": "failed", "action": "exit", "reason": "exit status 1; gave up"},
+            "stopped": {"outcome": "stopped", "action": "exit", "reason": "stopped on request"},
+            "finished": {"outcome": "finished", "action": "exit", "reason": None},
+            "cancelled": {"event": "cancelled", "reason": "upstream rm failed: exit status 1"},
+            "reused": {"event": "reused", "run_dir": "/else/sft"},
+        }[word]  # fmt: skip
+        told.append({"time": 1000.0 + number, "event": "attempt_ended", **fields})
+    return summarise(told)
+
+
+RUNNING = ("submitted", "started", "training")
+UNKNOWN = slurm.Unknown("squeue did not answer within 15 s")
+SLURM_CASES: list[tuple[tuple[str, ...], Any, str, str | None]] = [
+    # the ledger alone
+    ((), None, "waiting", "not submitted yet"),
+    (("reused",), None, "done", "reused from /else/sft"),
+    (("cancelled",), None, "cancelled", "upstream rm failed: exit status 1"),
+    # pending
+    (("submitted",), job("PENDING", "Dependency"), "waiting", "waits for sft, rm"),
+    (("submitted",), job("PENDING", "DependencyNeverSatisfied"), "waiting", "an upstream job failed: can never start"),
+    (("submitted",), job("PENDING", "Priority"), "queued", "other jobs come first"),
+    (("submitted",), job("PENDING", "Resources"), "queued", "waits for free nodes"),
+    (("submitted",), job("PENDING", "QOSMaxJobsPerUserLimit"), "queued", "you run as many jobs as the QOS allows"),
+    (("submitted",), job("PENDING", "QOSGrpNewLimit"), "queued", "a limit of the QOS is reached (QOSGrpNewLimit)"),
+    (("submitted",), job("PENDING", "AssocGrpX"), "queued", "a limit of your account is reached (AssocGrpX)"),
+    (("submitted",), job("PENDING", "ReqNodeNotAvail, UnavailableNodes:n3"), "queued",
+     "a node it needs is down, drained or reserved"),
+    (("submitted",), job("PENDING", "NewReason"), "queued", "SLURM says: NewReason"),
+    (("submitted",), job("CONFIGURING"), "queued", "the nodes are being made ready"),
+    # pending again: a requeue by the script, by SLURM in the middle of an attempt, and after a preemption
+    ((*RUNNING, "requeue"), job("PENDING", "BeginTime"), "requeued", "held for a moment after a requeue"),
+    (RUNNING, job("PENDING", "NodeFailure"), "requeued", "a node failed; SLURM starts it again"),
+    ((*RUNNING, "stop", "stopped"), job("PENDING", "BeginTime"), "requeued", "held for a moment after a requeue"),
+    ((*RUNNING, "gave up", "submitted"), job("PENDING", "Priority"), "queued", "other jobs come first"),
+    (RUNNING, job("REQUEUED"), "requeued", "SLURM is requeueing it"),
+    (RUNNING, job("REQUEUE_HOLD"), "requeued", "held: scontrol release 7"),
+    (RUNNING, job("PREEMPTED"), "requeued", "preempted by a job that comes first"),
+    # running
+    (("submitted",), job("RUNNING"), "running", "starting"),
+    (("submitted", "started"), job("RUNNING"), "running", "starting"),
+    (RUNNING, job("RUNNING"), "running", None),
+    ((*RUNNING, "stop"), job("RUNNING"), "stopping", "asked to save and leave"),
+    ((*RUNNING, "cancelled"), job("RUNNING"), "stopping", "asked to save and leave"),
+    ((*RUNNING, "stop", "requeue"), job("RUNNING"), "requeued", "SLURM is about to requeue it"),
+    (RUNNING, job("SUSPENDED"), "running", "suspended by SLURM"),
+    (RUNNING, job("COMPLETING"), "stopping", "ending"),
+    ((*RUNNING, "crash"), job("COMPLETING"), "requeued", "SLURM is requeueing it"),
+    ((*RUNNING, "gave up"), job("COMPLETING"), "failed", "exit status 1; gave up"),
+    # ended, and squeue still remembers
+    ((*RUNNING, "gave up"), job("FAILED", "NonZeroExitCode"), "failed", "exit status 1; gave up"),
+    (RUNNING, job("FAILED"), "failed", "job 7 failed"),
+    (RUNNING, job("TIMEOUT"), "failed", "job 7 was killed at its wall time"),
+    (RUNNING, job("OUT_OF_MEMORY"), "failed", "job 7 ran out of memory on a node"),
+    (RUNNING, job("NODE_FAIL"), "failed", "job 7 lost a node, and SLURM did not requeue it"),
+    (RUNNING, job("CANCELLED"), "cancelled", "scancel"),
+    (("submitted", "cancelled"), job("CANCELLED"), "cancelled", "upstream rm failed: exit status 1"),
+    (RUNNING, job("COMPLETED"), "failed", "job 7 ended without a complete output: no manifest.json"),
+    (RUNNING, job("NEW_STATE"), "unknown", "SLURM says: NEW_STATE"),
+    # forgotten: the sources contradict each other
+    (RUNNING, None, "failed", "SLURM no longer knows job 7 and the run did not finish"),
+    ((*RUNNING, "requeue"), None, "failed", "SLURM no longer knows job 7 and it was to be started again"),
+    ((*RUNNING, "stop", "stopped"), None, "cancelled", "stopped on request"),
+    ((*RUNNING, "gave up"), None, "failed", "exit status 1; gave up"),
+    ((*RUNNING, "finished"), None, "failed", "it finished, but its output is not complete: no manifest.json"),
+    (("submitted",), None, "cancelled", "SLURM no longer knows job 7 and it never started"),
+    # SLURM does not answer
+    (("submitted",), UNKNOWN, "unknown", "squeue did not answer within 15 s (the ledger says: submitted)"),
+    (RUNNING, UNKNOWN, "unknown", "squeue did not answer within 15 s (the ledger says: running)"),
+    ((*RUNNING, "stop", "stopped"), UNKNOWN, "unknown", "squeue did not answer within 15 s (the ledger says: stopped)"),
+    ((*RUNNING, "gave up"), UNKNOWN, "failed", "exit status 1; gave up"),
+    (("submitted", "cancelled"), UNKNOWN, "cancelled", "upstream rm failed: exit status 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("events", "record", "state", "reason"), SLURM_CASES)
+def test_state_of_a_slurm_run(events: tuple[str, ...], record: Any, state: str, reason: str | None) -> None:
+    assert status.row_state(story(*events), NOT_WHOLE, record, False, ("sft", "rm")) == (state, reason)
+
+
+@pytest.mark.parametrize("record", [None, UNKNOWN, job("RUNNING"), job("COMPLETING"), job("PENDING"), job("FAILED")])
+@pytest.mark.parametrize("events", [(*RUNNING, "finished"), RUNNING, ("submitted", "cancelled"), ()])
+def test_a_whole_output_is_done_whatever_else_is_said(events: tuple[str, ...], record: Any) -> None:
+    assert status.row_state(story(*events), None, record, False)[0] == "done"
+
+
+GONE = "its supervisor and its job are gone and"
+LOCAL_CASES: list[tuple[tuple[str, ...], bool, tuple[str, ...], str, str | None]] = [
+    (("submitted",), True, ("sft",), "waiting", "waits for sft"),
+    (("submitted",), True, (), "queued", "waits for free cores"),
+    (("submitted", "started"), True, (), "running", "starting"),
+    (RUNNING, True, (), "running", None),
+    ((*RUNNING, "stop"), True, (), "stopping", "asked to save and leave"),
+    ((*RUNNING, "crash"), True, (), "requeued", "exit status 1"),
+    ((*RUNNING, "requeue"), True, (), "requeued", "starts again at once"),
+    ((*RUNNING, "gave up"), True, (), "failed", "exit status 1; gave up"),
+    (("submitted",), False, (), "cancelled", f"{GONE} it never started; the same command goes on"),
+    (RUNNING, False, (), "failed", f"{GONE} the run did not finish; the same command goes on"),
+    ((*RUNNING, "requeue"), False, (), "failed", f"{GONE} it was to be started again; the same command goes on"),
+    ((*RUNNING, "cancelled"), False, (), "cancelled", "upstream rm failed: exit status 1"),
+    ((*RUNNING, "gave up"), False, (), "failed", "exit status 1; gave up"),
+]
+
+
+@pytest.mark.parametrize(("events", "alive", "waits_for", "state", "reason"), LOCAL_CASES)
+def test_state_of_a_local_run(
+    events: tuple[str, ...], alive: bool, waits_for: tuple[str, ...], state: str, reason: str | None
+) -> None:
+    history = story(*events, cluster="local", job_id="local-1")
+    assert status.row_state(history, NOT_WHOLE, None, alive, waits_for) == (state, reason)
+
+
+def test_every_state_has_a_case() -> None:
+    seen = {case[2] for case in SLURM_CASES} | {case[3] for case in LOCAL_CASES}
+    assert seen == set(status.STATES)
+
+
+# ------------------------------------------------------------------------------------ whole pipelines
+
+
+class Outputs:
+    """An outputs folder, and an squeue that says what a test wants."""
+
+    def __init__(self, folder: Path) -> None:
+        self.base, self.bin, self.graph = folder / "outputs", folder / "bin", {}
+        self.bin.mkdir()
+        self.base.mkdir()
+        self.squeue("")
+
+    def squeue(self, answer: str, code: int = 0, error: str = "") -> None:
+        path = self.bin / "squeue"
+        (self.bin / "answer").write_text(answer)
+        path.write_text(
+            f'#!/bin/sh\necho "$@" >>"{self.bin}/calls"\ncat "{self.bin}/answer"\necho "{error}" >&2\nexit {code}\n'
+        )
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+    def calls(self) -> list[str]:
+        path = self.bin / "calls"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def run(
+        self, name: str, stage: str = "sft", after: tuple[str, ...] = (), job_id: str | None = None, done: bool = False,
+        events: tuple[dict[str, Any], ...] = (), results: dict[str, Any] | None = None, pipeline: str = "full",
+        cluster: str = "h100", steps: int = 0, **figures: float,
+    ) -> RunDirectory:  # fmt: skip
+        run = RunDirectory(self.base / pipeline / name)
+        run.create()
+        inputs = {
+            key: {"path": str(run.root.parent / parent / "model"), "run_dir": str(run.root.parent / parent)}
+            for key, parent in zip(("model", "reward_model"), after, strict=False)
+        }
+        config = {
+            "name": name, "stage": stage, "inputs": inputs, "training": {"max_steps": 300},
+            "cluster": {"scheduler": "local" if cluster == "local" else "slurm", "slurm_conf": None},
+            "slurm": {"wall_time": "24:00:00", "num_nodes": 2},
+        }  # fmt: skip
+        run.config.write_text(json.dumps(config))
+        if job_id:
+            ledger.append(run.ledger, "submitted", job_id=job_id, cluster=cluster)
+        for event in events:
+            ledger.append(run.ledger, **event)
+        run.metrics.write_text("".join(
+            json.dumps({"step": i, "max_steps": 300, "time": 1000.0 + i, **figures}) + "\n" for i in range(1, steps + 1)
+        ))  # fmt: skip
+        if done:
+            run.model.mkdir()
+            (run.model / "weights").write_text("w")
+            if results is not None:
+                run.results.write_text(json.dumps(results))
+            manifest.write(run.model)
+        self.graph.setdefault(pipeline, {})[name] = {"run_dir": str(run.root), "stage": stage, "after": list(after)}
+        return run
+
+    def write_graphs(self) -> None:
+        for name, stages in self.graph.items():
+            text = json.dumps({"version": 1, "name": name, "cluster": "h100", "stages": stages})
+            (self.base / name / "pipeline.json").write_text(text)
+
+    def status(self, *argv: str, columns: int | None = None) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "PATH": f"{self.bin}:{os.environ['PATH']}", "PYTHONPATH": str(REPO)}
+        env.pop("COLUMNS", None)
+        if columns:
+            env["COLUMNS"] = str(columns)
+        command = [sys.executable, "-m", "launchers.status", f"paths.output_base={self.base}", *argv]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+
+    def rows(self, *argv: str) -> dict[str, dict[str, Any]]:
+        said = self.status("--json", *argv)
+        assert said.returncode == 0, said.stderr
+        return {row["stage"]: row for row in json.loads(said.stdout)["runs"]}
+
+
+STARTED = {"event": "attempt_started", "attempt": 1, "job_id": "102", "node": "n1"}
+TRAINING = {"event": "training_started", "attempt": 1, "step": 0}
+
+
+def squeue_line(job_id: str, state: str, reason: str) -> str:
+    return f"{job_id}|{state}|{reason}|1:05|1-00:00:00|2|n[1-2]|gpu|N/A|N/A|(null)|/some/run\n"
+
+
+@pytest.fixture
+def outputs(tmp_path: Path) -> Outputs:
+    made = Outputs(tmp_path)
+    made.run("base", "base", done=True, job_id="101", steps=300, loss=1.25)
+    made.run("sft", after=("base",), job_id="102", events=(STARTED, TRAINING), steps=150, loss=2.5)
+    made.run("rm", "rm", after=("sft",), job_id="103")
+    made.run("ppo", "ppo", after=("sft", "rm"), job_id="104", steps=1, reward=0.75)
+    made.run("eval_base", "eval", after=("base",), job_id="105", done=True,
+             results={"score": 0.5, "metric": "accuracy"})  # fmt: skip
+    made.write_graphs()
+    made.squeue(squeue_line("102", "RUNNING", "None") + squeue_line("103", "PENDING", "Dependency")
+                + squeue_line("104", "PENDING", "Dependency"))  # fmt: skip
+    return made
+
+
+def test_one_squeue_call_tells_the_whole_pipeline(outputs: Outputs) -> None:
+    rows = outputs.rows()
+    assert {name: row["state"] for name, row in rows.items()} == {
+        "base": "done", "sft": "running", "rm": "waiting", "ppo": "waiting", "eval_base": "done",
+    }  # fmt: skip
+    assert len(outputs.calls()) == 1 and "--jobs=102,103,104" in outputs.calls()[0]
+    assert rows["rm"]["reason"] == "waits for sft" and rows["ppo"]["reason"] == "waits for sft, rm"
+    sft = rows["sft"]
+    assert (sft["step"], sft["max_steps"], sft["loss"], sft["attempts"]) == (150, 300, 2.5, 1)
+    assert (sft["elapsed_seconds"], sft["limit_seconds"], sft["nodes"], sft["node_list"]) == (65, 86400, 2, "n[1-2]")
+    assert (rows["base"]["score"], rows["base"]["metric"]) == (0.5, "accuracy")
+    assert rows["eval_base"]["score"] == 0.5 and sft["score"] is None
+    assert rows["ppo"]["reward"] == 0.75
+
+
+def test_nothing_is_asked_where_all_is_done(tmp_path: Path) -> None:
+    made = Outputs(tmp_path)
+    made.run("base", done=True, job_id="101")
+    made.run("sft", after=("base",), job_id="local-1", cluster="local")
+    assert made.rows()["base"]["state"] == "done"
+    assert not made.calls()
+
+
+def test_the_table_says_what_the_json_says(outputs: Outputs) -> None:
+    rows = outputs.rows()
+    text = outputs.status().stdout.splitlines()
+    assert text[0] == "pipeline full"
+    shown = {line.split()[0]: line for line in text[2:]}
+    assert list(shown) == list(rows)
+    for name, row in rows.items():
+        cells = status.cells(row)
+        for key in ("job", "state", "time", "step", "value", "score"):
+            assert cells[key] in shown[name], (name, key)
+        assert (row["reason"] or "") in shown[name]
+    assert "1:05/1-00:00:00" in shown["sft"] and "█████░░░░░" in shown["sft"] and "150/300" in shown["sft"]
+    assert "loss 2.500" in shown["sft"] and "reward 0.750" in shown["ppo"]
+
+
+@pytest.mark.parametrize("columns", [40, 80, 100, 200])
+def test_the_table_fits_its_terminal(outputs: Outputs, columns: int) -> None:
+    text = outputs.status(columns=columns).stdout
+    assert all(len(line) <= columns for line in text.splitlines())
+    assert all(word in text for word in ("sft", "running", "waits for sft, rm"))
+    assert columns < 80 or all(word in text for word in ("150/300", "0.500"))
+
+
+def test_without_pipeline_json_the_folders_speak(outputs: Outputs) -> None:
+    with_graph = outputs.rows()
+    (outputs.base / "full" / "pipeline.json").unlink()
+    assert outputs.rows() == with_graph
+    (outputs.base / "full" / "pipeline.json").write_text('{"stages": [1]}')
+    assert outputs.rows() == with_graph
+
+
+def test_a_silent_slurm_makes_states_unknown_but_not_finished_ones(outputs: Outputs) -> None:
+    outputs.squeue("", 1, "slurm_load_jobs error: Unable to contact slurm controller")
+    rows = outputs.rows()
+    assert rows["base"]["state"] == "done"
+    assert rows["sft"]["state"] == "unknown" and "Unable to contact slurm controller" in rows["sft"]["reason"]
+
+
+def test_a_forgotten_job_is_a_failure(outputs: Outputs) -> None:
+    outputs.squeue("", 1, "slurm_load_jobs error: Invalid job id specified")
+    rows = outputs.rows()
+    assert rows["sft"]["state"] == "failed" and rows["sft"]["reason"].startswith("SLURM no longer knows job 102")
+    assert rows["base"]["state"] == "done"
+
+
+def test_a_local_run_lives_while_its_lock_is_held(tmp_path: Path) -> None:
+    made = Outputs(tmp_path)
+    run = made.run("sft", job_id="local-1", cluster="local", events=({**STARTED, "job_id": "local-1"}, TRAINING))
+    lock = local._take_lock(run)
+    assert lock is not None
+    assert made.rows()["sft"]["state"] == "running"
+    os.close(lock)
+    row = made.rows()["sft"]
+    assert row["state"] == "failed" and "the same command goes on" in row["reason"]
+
+
+def test_a_reused_run_shows_the_other_ones_figures(tmp_path: Path) -> None:
+    made = Outputs(tmp_path)
+    first = made.run("sft", done=True, job_id="101", steps=300, loss=1.5, pipeline="old")
+    made.run("sft", events=({"event": "reused", "run_dir": str(first.root)},), pipeline="new")
+    made.run(
+        "eval_sft", "eval", after=("sft",), done=True, results={"score": 0.9, "metric": "accuracy"}, pipeline="new"
+    )
+    rows = made.rows("run_name=new")
+    assert rows["sft"]["state"] == "done" and str(first.root) in rows["sft"]["reason"]
+    assert (rows["sft"]["step"], rows["sft"]["score"]) == (300, 0.9)
+
+
+def test_damage_is_shown_and_the_rest_stays(outputs: Outputs) -> None:
+    (outputs.base / "full" / "rm" / "config.yaml").write_text("a: [1\nb: }")
+    (outputs.base / "full" / "ppo" / "ledger.jsonl").write_text('{"event": "submitted", "time": 1}\nnot json\n')
+    with (outputs.base / "full" / "sft" / "ledger.jsonl").open("a") as file:
+        file.write('{"torn": ')
+    rows = outputs.rows()
+    assert rows["rm"]["state"] == "unknown" and "config.yaml" in rows["rm"]["reason"]
+    assert rows["ppo"]["state"] == "unknown" and "2 of 2 lines are damaged" in rows["ppo"]["reason"]
+    assert rows["sft"]["state"] == "running" and "1 of 4 lines are damaged" in rows["sft"]["reason"]
+    assert rows["base"]["state"] == "done"
+
+
+def test_a_stage_that_was_never_submitted_waits(outputs: Outputs) -> None:
+    outputs.graph["full"]["grpo"] = {"run_dir": str(outputs.base / "full" / "grpo"), "stage": "grpo", "after": ["ppo"]}
+    outputs.write_graphs()
+    assert (outputs.rows()["grpo"]["state"], outputs.rows()["grpo"]["reason"]) == ("waiting", "not submitted yet")
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["run_name=ful"], ["run_name=ful", "did you mean 'full'?"]),
+        (["paths.output_base=/nowhere/outputs"], ["paths.output_base=/nowhere/outputs", "no such folder"]),
+        (["pipeline=full"], ["pipeline=full", "run_name=NAME"]),
+        (["run_name="], ["run_name=", "no value"]),
+        (["--watch=0"], ["--watch=0", "at least 0.1"]),
+    ],
+)
+def test_bad_input_is_one_message(outputs: Outputs, argv: list[str], says: list[str]) -> None:
+    said = outputs.status(*argv)
+    assert said.returncode == 2 and not said.stdout and "Traceback" not in said.stderr
+    assert all(part in said.stderr for part in says), said.stderr
+    assert not outputs.calls()
+
+
+def test_arguments() -> None:
+    given = status.parse_arguments(["--watch", "run_name=a,b", "run_name=c", "--json"])
+    assert (given.names, given.watch, given.as_json) == (["a", "b", "c"], 5.0, True)
+    given = status.parse_arguments(["run_name=a", "--watch", "2", "paths.output_base=x"])
+    assert (given.names, given.watch, given.output_base) == (["a"], 2.0, Path("x"))
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 5400), ("00:01:30", 90), ("1-12", 129600), (None, None), ("x", None)]
+)
+def test_wall_times(text: str | None, seconds: int | None) -> None:
+    assert status.wall_seconds(text) == seconds
+
+
+def test_it_starts_without_the_heavy_imports(outputs: Outputs) -> None:
+    code = (
+        "import sys; from launchers import status; status.main(sys.argv[1:]);"
+        "heavy = {'torch', 'hydra', 'omegaconf', 'rich', 'psutil', 'jinja2', 'submitit'};"
+        "sys.exit(repr(sorted(heavy & set(sys.modules))))"
+    )
+    env = {**os.environ, "PATH": f"{outputs.bin}:{os.environ['PATH']}"}
+    said = subprocess.run([sys.executable, "-c", code, f"paths.output_base={outputs.base}"], cwd=REPO, env=env,
+                          capture_output=True, text=True, timeout=60, check=False)  # fmt: skip
+    assert said.stderr.strip() == "[]"
+
+
+# ---------------------------------------------------------------------------------------------- junk
+
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["\0", "\ud800"])
+)
+NAMES = st.sampled_from(["event", "time", "step", "max_steps", "loss", "reward", "attempt", "job_id", "cluster",
+                         "outcome", "action", "reason", "run_dir", "stage", "inputs", "slurm", "score"])  # fmt: skip
+EVENTS = st.sampled_from(
+    ["submitted", "attempt_started", "checkpoint_saved", "attempt_ended", "cancelled", "reused", "x"]
+)
+VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(NAMES, inner, max_size=2))
+EVENT_LIKE = st.builds(
+    lambda event, rest: {"time": 1.0, **rest, "event": event}, EVENTS, st.dictionaries(NAMES, VALUES, max_size=6)
+)
+LINES = st.binary(max_size=40) | st.builds(lambda value: json.dumps(value).encode(), VALUES | EVENT_LIKE)
+JUNK = st.lists(LINES, max_size=6).map(b"\n".join)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    ledger_text=JUNK, metrics=JUNK, config=JUNK | VALUES.map(lambda v: json.dumps(v).encode()), results=JUNK, graph=JUNK
+)
+@example(
+    b'{"time": 1, "event": "reused", "run_dir": "\\u0000"}',
+    b"",
+    b'{"inputs": {"model": {"run_dir": "\\u0000"}}}',
+    b"",
+    b"",
+)
+@example(
+    b'{"time": NaN, "event": "submitted", "job_id": "1", "cluster": "x"}',
+    b'{"step": 1e999}',
+    b"stage: eval",
+    b"{}",
+    b"",
+)
+@example(b"", b"[" * 7000, b"[" * 7000, b"[" * 100000, b"[" * 100000)
+def test_junk_never_stops_a_look(
+    ledger_text: bytes, metrics: bytes, config: bytes, results: bytes, graph: bytes
+) -> None:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slurm, "jobs", lambda ids, conf=None: slurm.Unknown("not asked"))
+        run = RunDirectory(Path(folder) / "full" / "sft")
+        run.create()
+        run.ledger.write_bytes(ledger_text)
+        run.metrics.write_bytes(metrics)
+        run.config.write_bytes(config)
+        run.model.mkdir()
+        run.results.write_bytes(results)
+        (run.model / manifest.NAME).write_bytes(results)
+        (run.root.parent / "pipeline.json").write_bytes(graph)
+        (row,) = status.collect(Path(folder), ["full"])
+        assert row["state"] in status.STATES
+        json.dumps({"runs": [row]}, allow_nan=False)
+        for width in (20, 80, 200):
+            shown = list(status.lines([row], width))
+            assert all(len(line) <= width for line in shown)
+            "\n".join(shown).encode()
+
+
+def test_metrics_are_read_from_the_tail_alone(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = {"step": 0, "max_steps": 20000}
+    lines = [json.dumps(first), *(json.dumps({"step": i, "time": i * 2.0, "loss": 3.0}) for i in range(1, 10001))]
+    lines[1] = json.dumps({"step": 1, "reward": 9.0})  # far before the tail: not seen
+    path.write_text("\n".join(lines) + '\n{"step": 10001, "lo')
+    metrics = table.read_metrics(path)
+    assert (metrics.step, metrics.max_steps, metrics.loss, metrics.reward) == (10000, 20000, 3.0, None)
+    assert (metrics.seconds_per_step, metrics.eta_seconds) == (2.0, 20000.0)
