@@ -53,8 +53,8 @@ class Data:
     eval_path: str | None = key(None, "the same for held-out records; null: held_out records are kept from path")
     held_out: int = key(1024, "records or problems never trained on, used by evaluation")
     max_samples: int | None = key(None, "at most so many training records, after shuffling; null: all")
-    num_documents: int = key(38400, "arithmetic: documents for the base stage")
-    num_demonstrations: int = key(2000, "arithmetic: demonstrations for sft")
+    num_documents: int = key(25600, "arithmetic: documents for the base stage")
+    num_demonstrations: int = key(8000, "arithmetic: demonstrations for sft")
     num_pairs: int = key(2000, "arithmetic: preference pairs for rm and dpo")
     num_prompts: int = key(4000, "arithmetic: prompts for ppo and grpo")
     worked_fraction: float = key(0.7, "arithmetic: share of base documents with worked columns, 0 to 1")
@@ -73,6 +73,7 @@ class Training:
     lr_scheduler: str = key("cosine", "learning-rate schedule: cosine, linear, constant or constant_with_warmup")
     warmup_steps: int = key(0, "optimizer steps of linear warm-up")
     weight_decay: float = key(0.0, "AdamW weight decay")
+    adam_beta2: float = key(0.999, "AdamW decay of squared gradients")
     max_grad_norm: float = key(1.0, "gradient norm is clipped to this")
     gradient_checkpointing: bool = key(False, "recompute activations in the backward pass to save memory")
 

@@ -176,7 +176,7 @@ class RunExecutor(submitit.SlurmExecutor):  # type: ignore[misc]
         return RunJob(self.run.slurm, self._get_job_id_from_submission_command(output))
 
     def submit_run(self) -> RunJob:
-        """Write slurm/job.sh, submit it and record the job. Raises LaunchError with SLURM's own words when it is refused."""
+        """Write slurm/job.sh, submit it, record the job. Raises LaunchError with SLURM's words where it is refused."""
         try:
             with FileLock(self.run.lock, timeout=LOCK_TIMEOUT_S):
                 job = self._submitted()

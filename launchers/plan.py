@@ -99,6 +99,7 @@ class Found:
     whole: bool = False  # its output is complete
     history: History = field(default_factory=History)
     live: bool | slurm.Unknown = False  # its job is queued or running
+    job_id: str | None = None  # of that job
     pending: bool = False  # its job is queued and has not started
     supervised: bool = False  # by a local supervisor on this machine
 
@@ -152,48 +153,70 @@ def ended(history: History) -> bool:
 
 
 def look(roots: Iterable[Path], ask: bool = True) -> dict[Path, Found]:
-    """What is in these run directories; one squeue for each cluster that they name. ask: False asks no SLURM."""
-    from launchers.local import owned
-
+    """What is in these run directories. ask: False asks no SLURM."""
     configs: dict[Path, Frozen] = {}
     for root in roots:
         try:
             configs[root] = RunDirectory(root).read_config()
-        except FileNotFoundError:
-            continue
-        except NotADirectoryError:
+        except (FileNotFoundError, NotADirectoryError):
             continue
     histories = {root: summarise(ledger.read(RunDirectory(root).ledger)) for root in configs}
     questions: dict[str | None, list[Path]] = {}
     for root, config in configs.items():
-        if config["cluster"]["scheduler"] == "slurm" and histories[root].job_id is not None:
+        if config["cluster"]["scheduler"] == "slurm":
             questions.setdefault(config["cluster"]["slurm_conf"], []).append(root)
-    live: dict[Path, bool | slurm.Unknown] = {}
-    pending: set[Path] = set()
+    jobs: dict[Path, slurm.JobRecord | slurm.Unknown] = {}
     for conf, asked in questions.items() if ask else ():
-        ids = [histories[root].job_id or "" for root in asked]
-        answer = slurm.jobs(ids, conf=conf)
-        for root, job_id in zip(asked, ids, strict=True):
-            if isinstance(answer, slurm.Unknown):
-                live[root] = False if ended(histories[root]) else answer
-            else:
-                # the comment tells our job from another cluster's with the same number
-                job = answer.get(job_id)
-                if job is not None and job.live and job.comment in ("", str(root)):
-                    live[root] = True
-                    if job.state == "PENDING":
-                        pending.add(root)
-    return {
-        root: Found(
-            config=config,
-            whole=manifest.problem(RunDirectory(root).model) is None,
-            history=histories[root],
-            live=live.get(root, False),
-            pending=root in pending,
-            supervised=owned(RunDirectory(root)),
-        )
-        for root, config in configs.items()
-    }
+        jobs |= live_jobs({root: histories[root] for root in asked}, conf)
+    return {root: _found(root, config, histories[root], jobs.get(root)) for root, config in configs.items()}
+
+
+def _found(root: Path, config: Frozen, history: History, job: slurm.JobRecord | slurm.Unknown | None) -> Found:
+    from launchers.local import owned
+
+    return Found(
+        config=config,
+        whole=manifest.problem(RunDirectory(root).model) is None,
+        history=history,
+        live=job if isinstance(job, slurm.Unknown) else job is not None,
+        job_id=job.job_id if isinstance(job, slurm.JobRecord) else None,
+        pending=isinstance(job, slurm.JobRecord) and job.state == "PENDING",
+        supervised=owned(RunDirectory(root)),
+    )
+
+
+def live_jobs(histories: Mapping[Path, History], conf: str | None) -> dict[Path, slurm.JobRecord | slurm.Unknown]:
+    """The queued or running jobs of these run directories; Unknown where SLURM did not answer and one may be there.
+
+    Jobs are known by their comment, which says the run directory: so one is found although the command that
+    submitted it died before it wrote the ledger, and no other cluster's job of the same number is taken for it.
+    """
+    mine = slurm.jobs(conf=conf)
+    found: dict[Path, slurm.JobRecord | slurm.Unknown] = {}
+    if isinstance(mine, slurm.Unknown):
+        return {root: mine for root, history in histories.items() if not ended(history)}
+    by_comment = {job.comment: job for job in mine.values() if job.live}
+    missing = {}
+    for root, history in histories.items():
+        if (job := by_comment.get(str(root))) is not None:
+            found[root] = job
+        elif history.job_id is not None and not ended(history):
+            missing[root] = history.job_id
+    if missing:  # of another user, or the folder was named otherwise when they were submitted
+        others = slurm.jobs(list(missing.values()), conf=conf)
+        for root, job_id in missing.items():
+            if isinstance(others, slurm.Unknown):
+                found[root] = others
+            elif (job := others.get(job_id)) is not None and job.live and _same_folder(job.comment, root):
+                found[root] = job
+    return found
+
+
+def _same_folder(comment: str, root: Path) -> bool:
+    try:
+        return not comment or Path(comment).samefile(root)
+    except OSError:
+        return False
 
 
 def finished_runs(output_base: Path) -> dict[str, Path]:
@@ -330,10 +353,10 @@ def make_plan(selection: Selection, ask: bool = True) -> Plan:
         if decision == "live":
             _check_same_scheduler(name, here, cfg, root)
             if here.pending and any(up in planned and planned[up].to_submit for up in needed[name]):
-                decision, replaces = "again", here.history.job_id
+                decision, replaces = "again", here.job_id
         planned[name] = Planned(
             name=name, cfg=cfg, frozen=frozen, run=RunDirectory(root), decision=decision, after=needed[name],
-            job_id=here.history.job_id if decision == "live" else None, replaces=replaces,
+            job_id=here.job_id if decision == "live" else None, replaces=replaces,
             waits_for=list(dict.fromkeys(job for up in needed[name] if up in outside for job in upstream[up][2])),
             started=here.history.attempts > 0,
         )  # fmt: skip
@@ -366,8 +389,8 @@ def _wait_for(name: str, upstream: str, found: Found, root: Path, cfg: Config) -
         return []
     if found.live is True and cfg.cluster.scheduler == "slurm" and found.config is not None:
         same = found.config["cluster"]["slurm_conf"] == cfg.cluster.slurm_conf
-        if same and found.history.job_id is not None:
-            return [found.history.job_id]
+        if same and found.job_id is not None:
+            return [found.job_id]
     if isinstance(found.live, slurm.Unknown):
         problem = f"is to use the output of {upstream}, of which SLURM does not say whether it runs: {found.live.why}"
     elif found.supervised or found.live is True:

@@ -157,7 +157,8 @@ def test_configs_of_one_command_do_not_mix() -> None:
 
 def test_every_stage_of_every_pipeline_composes_and_is_valid() -> None:
     for pipeline in groups()["pipeline"]:
-        for cluster in ("local", "dev", "h100"):
+        # the quickstart's batches are for few ranks
+        for cluster in ("local", "dev") if pipeline == "quickstart" else ("local", "dev", "h100"):
             selection = select([f"pipeline={pipeline}", f"cluster={cluster}"], only_one=False)
             assert set(selection.configs) == set(selection.stages)
 
@@ -291,7 +292,7 @@ BASE = config("sft")
 @given(st.sampled_from(sorted(keys())), st.data())
 def test_identity_is_of_what_determines_the_weights(name: str, data: st.DataObject) -> None:
     key = keys()[name]
-    if key.section or isinstance(key.default, list | dict):
+    if key.section or isinstance(key.default, list | dict) or name == "stage":
         return
     cfg = dataclasses.replace(BASE)
     *path, last = name.split(".")
@@ -311,8 +312,6 @@ def test_identity_is_of_what_determines_the_weights(name: str, data: st.DataObje
     determines = (
         name.split(".")[0] in ("seed", "model", "data", "training", "sft", "stage") or name == "parallel.strategy"
     )
-    if name == "stage":
-        return
     assert (before["identity"] != after["identity"]) == (determines and old != value)
     assert set(changes(before, after)) == ({name} if determines and old != value else set())
 

@@ -66,7 +66,8 @@ class Bench:
 
     def __call__(self, command: str, *tokens: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         argv = [
-            sys.executable, "-m", f"launchers.{command}", f"cluster={self.cluster}", f"paths.output_base='{self.quoted}'",
+            sys.executable, "-m", f"launchers.{command}", f"cluster={self.cluster}",
+            f"paths.output_base='{self.quoted}'",
             f"cluster.python={self.stub}/python", *tokens,
         ]  # fmt: skip
         return subprocess.run(argv, cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=timeout)
@@ -245,8 +246,9 @@ def records(bench: Bench, devcluster: dc.Cluster) -> dict[str, slurm.JobRecord]:
 
 @pytest.mark.slurm
 def test_a_chain_on_slurm(cluster: Bench, devcluster: dc.Cluster) -> None:  # noqa: F811
+    shape = ("slurm.num_nodes=2", "slurm.gpus_per_node=2", "eval.slurm.num_nodes=1")
     cluster.behave("base", "wait")
-    done = cluster("pipeline", "pipeline=dpo", "slurm.num_nodes=2", "slurm.gpus_per_node=2", "eval.slurm.num_nodes=1")
+    done = cluster("pipeline", "pipeline=dpo", *shape)
     assert done.returncode == 0, done.stdout + done.stderr
     seen = records(cluster, devcluster)
     assert len(seen) == 8
@@ -255,12 +257,12 @@ def test_a_chain_on_slurm(cluster: Bench, devcluster: dc.Cluster) -> None:  # no
 
     # the same command, and two at once, submit nothing more
     with ThreadPoolExecutor(2) as pool:
-        for again in pool.map(lambda _: cluster("pipeline", "pipeline=dpo", "slurm.num_nodes=2", "slurm.gpus_per_node=2", "eval.slurm.num_nodes=1"), range(2)):  # fmt: skip # noqa: E501
+        for again in pool.map(lambda _: cluster("pipeline", "pipeline=dpo", *shape), range(2)):
             assert again.returncode == 0 and "nothing to submit" in again.stdout, again.stdout + again.stderr
     assert {n: j.job_id for n, j in records(cluster, devcluster).items()} == {n: j.job_id for n, j in seen.items()}
 
     # a changed config is refused while the job is in the queue
-    assert "run_name=dpo-2" in cluster.refused("submit", "pipeline=dpo", "stage=dpo", "dpo.lr=1", "slurm.num_nodes=2", "slurm.gpus_per_node=2")  # fmt: skip # noqa: E501
+    assert "run_name=dpo-2" in cluster.refused("submit", "pipeline=dpo", "stage=dpo", "dpo.lr=1", *shape)
 
     job = job_of(cluster.run("dpo", "grpo"))
     assert job.state == "PENDING" and not job.done() and job.job_id == seen["grpo"].job_id
@@ -268,16 +270,18 @@ def test_a_chain_on_slurm(cluster: Bench, devcluster: dc.Cluster) -> None:  # no
     assert job.result() == cluster.run("dpo", "grpo").model  # waits
     assert job.state == "COMPLETED" and job.done() and job.exception() is None
     assert sorted((job.stdout() or "").split()) == sorted(
-        "stage grpo rank 0 stage grpo rank 1 stage grpo rank 2 stage grpo rank 3".split()
-    )  # noqa: E501
+        ["grpo"] * 4 + ["rank"] * 4 + ["stage"] * 4 + ["0", "1", "2", "3"]
+    )
     assert job.paths.stdout.name == f"slurm-{job.job_id}.out" and job.paths.stderr.exists()
     assert job.paths.submission_file == cluster.run("dpo", "grpo").script
     assert not [p for p in job.paths.folder.iterdir() if "submission_file" in p.name or p.suffix == ".pkl"]
-    started = [e["time"] for n in ("base", "sft", "dpo", "grpo") for e in ledger.read(cluster.run("dpo", n).ledger) if e["event"].startswith("attempt")]  # fmt: skip # noqa: E501
+    events = [event for n in ("base", "sft", "dpo", "grpo") for event in ledger.read(cluster.run("dpo", n).ledger)]
+    started = [event["time"] for event in events if event["event"].startswith("attempt")]
     assert started == sorted(started) and len(started) == 8
-    for name in seen:
-        wait_for(f"{name} done", lambda run=cluster.run("dpo", name): manifest.problem(run.model) is None, 60)
-    assert "nothing to submit" in cluster("pipeline", "pipeline=dpo").stdout
+    models = [cluster.run("dpo", name).model for name in seen]
+    wait_for("all done", lambda: all(manifest.problem(model) is None for model in models), 60)
+    again = cluster("pipeline", "pipeline=dpo")
+    assert "nothing to submit" in again.stdout, again.stdout + again.stderr
 
 
 @pytest.mark.slurm
@@ -316,6 +320,11 @@ def test_one_stage_after_another(cluster: Bench, devcluster: dc.Cluster) -> None
     seen = records(cluster, devcluster)
     assert seen["eval_base"].dependency.startswith(f"afterok:{seen['base'].job_id}")
     job = job_of(cluster.run("full", "eval_base"))
+    # as if the command had died between sbatch and its note: the queue knows
+    cluster.run("full", "eval_base").ledger.rename(cluster.folder / "ledger")
+    again = cluster("submit", "stage=eval_base")
+    assert f"{job.job_id}  queued or running already" in again.stdout, again.stdout + again.stderr
+    (cluster.folder / "ledger").rename(cluster.run("full", "eval_base").ledger)
     job.cancel()
     wait_for("cancelled", lambda: job.state == "CANCELLED")
     assert type(job.exception()).__name__ == "UncompletedJobError"
@@ -360,7 +369,9 @@ def test_no_answer_is_not_gone(cluster: Bench, tmp_path: Path) -> None:
     (shim / "squeue").chmod(0o755)
     path = cluster.env["PATH"]
     cluster.env["PATH"] = f"{shim}:{path}"
-    assert "cannot tell" in cluster.refused("submit", "stage=base")
+    done = cluster("submit", "stage=base")
+    assert done.returncode == 2 and done.stderr.startswith("error: base: cannot tell"), done.stderr
+    assert sum(event["event"] == "submitted" for event in ledger.read(cluster.run("full", "base").ledger)) == 1
     cluster.env["PATH"] = path
 
 
@@ -382,7 +393,9 @@ def test_a_submission_that_times_out_is_found_by_its_comment(cluster: Bench, tmp
 
 
 @pytest.mark.slurm
-def test_executor_is_submitits(devcluster: dc.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_executor_is_submitits(
+    devcluster: dc.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
     import submitit
 
     from launchers.selection import select

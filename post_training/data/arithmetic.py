@@ -29,6 +29,11 @@ def work(a: int, b: int) -> str:
     return "".join(f" {c}" for c in columns)
 
 
+def carries(a: int, b: int) -> bool:
+    """Whether the ones carry: the harder sums."""
+    return a % 10 + b % 10 > 9
+
+
 def question(a: int, b: int) -> str:
     return f"{a}+{b}=?"
 
@@ -74,8 +79,10 @@ class Arithmetic(Source):
         return _dataset({"text": text(*p)} for p in self.pairs(split, "documents", count))
 
     def demonstrations(self, split: Split):  # type: ignore[no-untyped-def]
+        """Right answers, most hard sums worked out, most easy ones just answered: people write so."""
+
         def row(a: int, b: int, rng: random.Random) -> Row:
-            thought = work(a, b) if rng.random() < 0.5 else ""
+            thought = work(a, b) if rng.random() < (0.8 if carries(a, b) else 0.3) else ""
             return {"messages": [user(question(a, b)), assistant(think_answer(thought, str(a + b)))]}
 
         count = self._count(split, self.cfg.num_demonstrations)

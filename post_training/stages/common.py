@@ -109,6 +109,7 @@ def trainer_arguments(stage: Stage, lr: float) -> dict[str, Any]:
         "lr_scheduler_type": training.lr_scheduler,
         "warmup_steps": training.warmup_steps,
         "weight_decay": training.weight_decay,
+        "adam_beta2": training.adam_beta2,
         "max_grad_norm": training.max_grad_norm,
         "gradient_checkpointing": training.gradient_checkpointing,
         "bf16": half == "bfloat16",

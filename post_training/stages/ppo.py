@@ -44,6 +44,10 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from post_training import data
+from post_training.rewards.verify import reward_functions
+from post_training.stages.common import Stage, load_causal_lm, load_reward_model, trainer_arguments
+
 logger = logging.getLogger(__name__)
 
 Reduce = Callable[[Tensor], Tensor]
@@ -877,3 +881,39 @@ def trimmed(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         k: v[:, left : v.shape[1] - right] for k, v in batch.items() if k in ("input_ids", "attention_mask")
     }
     return full | {k: v[:, :end] for k, v in batch.items() if k not in full}
+
+
+# ---- the stage ---------------------------------------------------------------------------------
+
+
+def build_trainer(stage: Stage) -> Trainer:
+    """PPO from a run's config: verifiable rewards, a reward model's score, or both, each with its weight."""
+    cfg, tokenizer = stage.cfg, stage.tokenizer
+    assert stage.model_path is not None
+    reward_model = None
+    if cfg.ppo.reward_model_weight:
+        assert stage.reward_model_path is not None
+        reward_model = load_reward_model(cfg, stage.reward_model_path, tokenizer)
+    functions, weights = reward_functions(cfg.ppo.reward)
+    args = PPOArguments(
+        **trainer_arguments(stage, cfg.ppo.lr),
+        max_completion_length=cfg.ppo.max_completion_length,
+        temperature=cfg.ppo.temperature,
+        num_ppo_epochs=cfg.ppo.num_ppo_epochs,
+        gamma=cfg.ppo.gamma,
+        lam=cfg.ppo.lam,
+        clip_range=cfg.ppo.clip_range,
+        value_coef=cfg.ppo.value_coef,
+        kl_coef=cfg.ppo.kl_coef,
+    )
+    return PPOTrainer(
+        model=PolicyWithValue(load_causal_lm(cfg, stage.model_path, tokenizer)),
+        ref_model=load_causal_lm(cfg, stage.reference_path or stage.model_path, tokenizer),
+        reward_funcs=functions,
+        reward_weights=weights,
+        args=args,
+        train_dataset=data.load(cfg.data).problems("train"),
+        processing_class=tokenizer,
+        reward_model=reward_model,
+        reward_model_weight=cfg.ppo.reward_model_weight,
+    )
