@@ -205,7 +205,6 @@ class Eval:
     max_new_tokens: int = key(256, "longest answer, tokens")
     batch_size: int = key(256, "prompts per generation batch")
     num_problems: int = key(512, "held-out problems or records scored")
-    num_samples: int = key(3, "answers shown in the across-stages table")
 
 
 # ---------------------------------------------------------------------------------------------- graph

@@ -250,7 +250,7 @@ class Look:
         for name, source in self.section("inputs").items():
             folder = source.get("run_dir") if isinstance(source, dict) else None
             if isinstance(folder, str) and folder:
-                found[str(name)] = _real(folder)
+                found[str(name)] = real(folder)
         return found
 
     def read(self) -> Look:
@@ -277,7 +277,7 @@ def _output_problem(folder: Path) -> str | None:
         return f"{manifest.NAME} is damaged"
 
 
-def _real(path: Path | str) -> str:
+def real(path: Path | str) -> str:
     try:
         return os.path.realpath(path)
     except ValueError:  # a NUL in a damaged file's path
@@ -336,9 +336,9 @@ def looks_of(folder: Path) -> list[Look]:
             looks[name] = Look(folder.name, name, RunDirectory(run_dir), after)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass  # without it the folders speak for themselves
-    known = {_real(look.run.root) for look in looks.values()}
+    known = {real(look.run.root) for look in looks.values()}
     others = [Look(folder.name, path.name, RunDirectory(path)) for path in _runs_in(folder)]
-    others = [look.read() for look in others if _real(look.run.root) not in known]
+    others = [look.read() for look in others if real(look.run.root) not in known]
     others.sort(key=lambda look: (look.story.history.submitted or float("inf"), look.name))
     return [look.read() for look in looks.values()] + others
 
@@ -372,7 +372,7 @@ def _conf(look: Look) -> str | None:
 
 def rows_of(looks: list[Look], jobs: Jobs, now: float) -> list[dict[str, Any]]:
     """The rows of one pipeline."""
-    by_folder = {_real(look.run.root): look.name for look in looks}
+    by_folder = {real(look.run.root): look.name for look in looks}
     undone = {look.name for look in looks if not look.done}
     scores = _scores(looks)
     rows = []
@@ -460,7 +460,7 @@ def _scores(looks: list[Look]) -> dict[str, tuple[float | None, str | None]]:
         found[look.name] = score
         judged = look.inputs().get("model")
         for other in looks:
-            if judged in (_real(other.run.root), _real(other.output.root)) and other is not look:
+            if judged in (real(other.run.root), real(other.output.root)) and other is not look:
                 found[other.name] = score
     return found
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -57,9 +58,15 @@ def launch(selection: Selection) -> int:
             if plan.scheduler == "slurm":
                 submit(plan, undo)
     _show(plan)
-    if plan.scheduler == "local":
-        return _supervise(plan)
-    return 0
+    if plan.scheduler != "local":
+        return 0
+    status = _supervise(plan)
+    if status == 0 and not selection.only_one:
+        from launchers import compare
+
+        print()
+        compare.show(plan.folder)
+    return status
 
 
 # -------------------------------------------------------------------------------------------- writing
@@ -265,7 +272,9 @@ def _near(path: Path) -> str:
 
 
 def _hint(plan: Plan) -> str:
-    return _near(plan.folder)
+    """What status needs to find this pipeline."""
+    base = _near(plan.output_base)
+    return " ".join([*([f"paths.output_base={shlex.quote(base)}"] if base != "outputs" else []), f"run_name={plan.name}"])
 
 
 def preview(plan: Plan) -> str:

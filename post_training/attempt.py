@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -122,7 +122,7 @@ def _step_of(line: str) -> float:
         return math.inf  # a torn line counts as newer than anything
 
 
-def save_for_inference(trainer: Trainer, folder: os.PathLike[str]) -> None:
+def save_for_inference(trainer: Trainer, folder: Path) -> None:
     """The model that others use: weights as safetensors, config and tokenizer. Every rank calls it."""
     save_policy = getattr(trainer, "save_policy", None)
     if save_policy is not None:  # ppo trains policy and value head as one; others want the policy alone
@@ -130,3 +130,5 @@ def save_for_inference(trainer: Trainer, folder: os.PathLike[str]) -> None:
     else:
         trainer.save_model(str(folder))
     trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle: no business of who uses the model

@@ -90,6 +90,11 @@ class RunDirectory:
         return self.model / "results.json"
 
     @property
+    def samples(self) -> Path:
+        """An eval stage's questions and answers, one JSON object a line, inside its output."""
+        return self.model / "samples.jsonl"
+
+    @property
     def logs(self) -> Path:
         return self.root / "logs"
 

@@ -1,0 +1,48 @@
+# The two commands of the README: `make quickstart` and `make test`. Both make what they need.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+.PHONY: quickstart test lint types slurm env clean lock
+
+# The whole pipeline on this machine: base -> sft -> rm -> ppo -> grpo and sft -> dpo, each evaluated.
+quickstart: $(VENV)/.installed
+	$(BIN)/python -m launchers.pipeline pipeline=quickstart cluster=local
+
+test: $(VENV)/.installed-dev slurm lint types
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+# A real SLURM for the tests, from Debian's packages, where this user may install them.
+slurm:
+	@.ci/install-slurm
+
+env: $(VENV)/.installed-dev
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: requirements.lock pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.lock
+	@touch $@
+
+DEV := ^(pytest|hypothesis|ruff|mypy|mypy_extensions|types-.*|pluggy|iniconfig|sortedcontainers|pathspec|librt|ast_serialize)==
+
+# Write down the versions of this environment, after it was upgraded and tested.
+lock: $(VENV)/.installed-dev
+	( head -n 1 requirements.lock; $(BIN)/pip freeze --all | grep -vE '^(pip|wheel)==' | grep -viE '$(DEV)' | sed 's/+cpu$$//' ) > requirements.lock.new
+	( head -n 1 requirements-dev.lock; $(BIN)/pip freeze --all | grep -iE '$(DEV)' ) > requirements-dev.lock.new
+	mv requirements.lock.new requirements.lock
+	mv requirements-dev.lock.new requirements-dev.lock
+
+clean:
+	rm -rf $(VENV) outputs .pytest_cache .mypy_cache .ruff_cache

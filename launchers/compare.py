@@ -1,0 +1,180 @@
+"""The across-stages table: what each stage's model is worth on held-out problems, and what it answers.
+
+    python -m launchers.compare [run_name=quickstart] [paths.output_base=outputs] [--json]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launchers.errors import LaunchError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from launchers.status import Look
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A stage and what its eval stage found; `samples` are the answers to the same problems."""
+
+    stage: str
+    parent: str | None  # the stage that it started from
+    model: Path
+    results: dict[str, Any]
+    samples: list[dict[str, Any]]
+
+
+def judged_stages(looks: list[Look]) -> list[Judged]:
+    """The stages of one pipeline that have been judged, in the pipeline's order."""
+    from launchers.status import real
+
+    folders = {real(path): look.name for look in looks for path in (look.run.root, look.output.root)}
+    evals = {
+        look.inputs()["model"]: look
+        for look in looks
+        if look.config.get("stage") == "eval" and look.output_problem is None and "model" in look.inputs()
+    }
+    found = []
+    for look in looks:
+        judge = evals.get(real(look.output.root)) or evals.get(real(look.run.root))
+        if judge is None or look.config.get("stage") == "eval":
+            continue
+        results = json.loads(judge.output.results.read_text(encoding="utf-8"))
+        lines = judge.output.samples.read_text(encoding="utf-8").splitlines()
+        parent = folders.get(look.inputs().get("model", ""))
+        found.append(Judged(look.name, parent, look.output.model, results, [json.loads(x) for x in lines]))
+    return found
+
+
+def change(stage: Judged, stages: list[Judged]) -> tuple[float, bool] | None:
+    """Score minus the parent's, and whether it lies outside both 95 % intervals; None where they cannot be compared."""
+    parent = next((s for s in stages if s.stage == stage.parent), None)
+    if parent is None or parent.results["metric"] != stage.results["metric"] or stage.results["score"] is None:
+        return None
+    ours, theirs = stage.results, parent.results
+    apart = ours["score_low"] > theirs["score_high"] or ours["score_high"] < theirs["score_low"]
+    return ours["score"] - theirs["score"], apart
+
+
+def best(stages: list[Judged]) -> Judged | None:
+    """The stage with the highest held-out accuracy."""
+    policies = [s for s in stages if s.results["metric"] == "accuracy"]
+    return max(policies, key=lambda s: s.results["score"], default=None)
+
+
+NUM_SAMPLES = 3
+"""Problems shown with every stage's answer."""
+COLUMNS = (
+    ("perplexity_text", "ppl text", "{:.2f}"),
+    ("perplexity_answers", "ppl answers", "{:.2f}"),
+    ("repetition", "repeat", "{:.3f}"),
+    ("reward", "reward", "{:.3f}"),
+    ("length", "tokens", "{:.1f}"),
+)
+
+
+def table(stages: list[Judged]) -> RenderableType:
+    """For a terminal: one row a stage."""
+    from rich.table import Table
+
+    result = Table(title="held-out, greedy; +- is the half width of a 95 % interval", title_justify="left", box=None)
+    for title in ("stage", "score", "+-", "vs parent", *(title for _, title, _ in COLUMNS)):
+        result.add_column(title, justify="left" if title == "stage" else "right", no_wrap=True)
+    for stage in stages:
+        values = stage.results
+        row = [stage.stage, "", "", ""]
+        if values["score"] is not None:
+            unit = "" if values["metric"] == "accuracy" else " pairs"
+            row[1] = f"{100 * values['score']:.1f} %{unit}"
+            row[2] = f"{50 * (values['score_high'] - values['score_low']):.1f}"
+        if (delta := change(stage, stages)) is not None:
+            row[3] = f"{100 * delta[0]:+.1f}{'' if delta[1] else ' ~'}"
+        row += [form.format(values[key]) if values.get(key) is not None else "-" for key, _, form in COLUMNS]
+        result.add_row(*row)
+    return result
+
+
+def telling(stages: list[Judged], count: int) -> list[int]:
+    """The problems on which the stages disagree most: those tell more than ones that all get right."""
+    problems = range(min((len(s.samples) for s in stages), default=0))
+    right = {i: sum(s.samples[i]["correct"] for s in stages) for i in problems}
+    return sorted(problems, key=lambda i: abs(2 * right[i] - len(stages)))[:count]
+
+
+def sample_lines(stages: list[Judged], count: int) -> list[str]:
+    """The answers of every stage to the same few problems, one after the other."""
+    lines = []
+    with_samples = [s for s in stages if s.samples]
+    for i in telling(with_samples, count):
+        first = with_samples[0].samples[i]
+        lines.append(f"{_one_line(first['prompt'])}   (answer {first['answer']})")
+        for stage in with_samples:
+            mark = "+" if stage.samples[i]["correct"] else "-"
+            lines.append(f"  {mark} {stage.stage:6} {_one_line(stage.samples[i]['completion'])}")
+    return lines
+
+
+def _one_line(text: str, width: int = 110) -> str:
+    flat = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return flat if len(flat) <= width else f"{flat[: width - 3]}..."
+
+
+def show(folder: Path) -> None:
+    """Print a pipeline's table, samples, where the models are and how to talk to the best one."""
+    from rich.console import Console
+
+    from launchers.status import looks_of
+
+    stages = judged_stages(looks_of(folder))
+    if not stages:
+        raise LaunchError(f"no stage of {folder} has been judged yet", "wait for an eval stage: python -m launchers.status")
+    console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, 90)  # the table's own: also where the output is a file
+    console.print(table(stages), markup=False)
+    console.print("~ : within the error bars of its parent\n", markup=False)
+    console.print("answers to problems on which the stages disagree:", markup=False)
+    for line in sample_lines(stages, NUM_SAMPLES):
+        console.print(line, markup=False)
+    console.print(f"\nmodels: {folder}/<stage>/model", markup=False)
+    if (winner := best(stages)) is not None:
+        prompt = winner.samples[0]["prompt"] if winner.samples else "..."
+        console.print(f"talk to the best one ({winner.stage}):", markup=False)
+        console.print(f"  {sys.executable} -m post_training.chat {winner.model} --prompt {_quoted(prompt)}", markup=False)
+
+
+def _quoted(text: str) -> str:
+    import shlex
+
+    return shlex.quote(_one_line(text))
+
+
+def main(argv: list[str] | None = None) -> int:
+    from launchers.status import find_pipelines, looks_of, parse_arguments
+
+    try:
+        arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+        folders = find_pipelines(arguments.output_base, arguments.names)
+        if arguments.as_json:
+            rows = [
+                {"pipeline": folder.name, "stage": s.stage, "parent": s.parent, "model": str(s.model), **s.results}
+                for folder in folders
+                for s in judged_stages(looks_of(folder))
+            ]
+            print(json.dumps({"stages": rows}, indent=1))
+            return 0
+        for folder in folders:
+            show(folder)
+    except LaunchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
