@@ -1,6 +1,6 @@
 """The across-stages table: what each stage's model is worth on held-out problems, and what it answers.
 
-    python -m launchers.compare [run_name=quickstart] [paths.output_base=outputs] [--json]
+python -m launchers.compare [run_name=quickstart] [paths.output_base=outputs] [--json]
 """
 
 from __future__ import annotations
@@ -133,7 +133,9 @@ def show(folder: Path) -> None:
 
     stages = judged_stages(looks_of(folder))
     if not stages:
-        raise LaunchError(f"no stage of {folder} has been judged yet", "wait for an eval stage: python -m launchers.status")
+        raise LaunchError(
+            f"no stage of {folder} has been judged yet", "wait for an eval stage: python -m launchers.status"
+        )
     console = Console(highlight=False, soft_wrap=True)
     console.width = max(console.width, 90)  # the table's own: also where the output is a file
     console.print(table(stages), markup=False)
@@ -145,7 +147,9 @@ def show(folder: Path) -> None:
     if (winner := best(stages)) is not None:
         prompt = winner.samples[0]["prompt"] if winner.samples else "..."
         console.print(f"talk to the best one ({winner.stage}):", markup=False)
-        console.print(f"  {sys.executable} -m post_training.chat {winner.model} --prompt {_quoted(prompt)}", markup=False)
+        console.print(
+            f"  {sys.executable} -m post_training.chat {winner.model} --prompt {_quoted(prompt)}", markup=False
+        )
 
 
 def _quoted(text: str) -> str:

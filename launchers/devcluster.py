@@ -642,8 +642,8 @@ def _processes(folder: Path) -> list[tuple[psutil.Process, str, list[str]]]:
     """The cluster's daemons, steps and jobs' processes, with program and argv: daemons first."""
     import psutil
 
-    for child in _children:
-        child.poll()
+    for started in _children:
+        started.poll()
     me = psutil.Process()
     spared = {me.pid, *(parent.pid for parent in me.parents())}
     found: dict[int, tuple[psutil.Process, str, list[str]]] = {}
@@ -677,8 +677,8 @@ def _kill(processes: Sequence[psutil.Process], timeout: float = 30.0) -> None:
 def _lives(process: psutil.Process) -> bool:
     import psutil
 
-    for child in _children:
-        child.poll()
+    for started in _children:
+        started.poll()
     try:
         # A zombie is dead; whether its parent collects it is not ours to wait for.
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE

@@ -274,7 +274,9 @@ def _near(path: Path) -> str:
 def _hint(plan: Plan) -> str:
     """What status needs to find this pipeline."""
     base = _near(plan.output_base)
-    return " ".join([*([f"paths.output_base={shlex.quote(base)}"] if base != "outputs" else []), f"run_name={plan.name}"])
+    return " ".join(
+        [*([f"paths.output_base={shlex.quote(base)}"] if base != "outputs" else []), f"run_name={plan.name}"]
+    )
 
 
 def preview(plan: Plan) -> str:

@@ -43,9 +43,7 @@ class AttemptCallback(TrainerCallback):
 
     # -- events of transformers.Trainer, in the order of a step
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
             self._cut_metrics(state.global_step)
             ledger.append(self.run.ledger, "training_started", attempt=self.attempt, step=state.global_step)

@@ -57,7 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     def answer(messages: list[dict[str, str]]) -> str:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(device)
-        sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
+        sampling = (
+            {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
+        )
         with torch.no_grad():
             out = model.generate(
                 **ids,

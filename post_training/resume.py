@@ -22,7 +22,7 @@ def checkpoint_steps(run: RunDirectory) -> list[tuple[int, Path]]:
 
 def newest_complete(run: RunDirectory) -> tuple[Path | None, list[tuple[Path, str]]]:
     """The newest checkpoint whose files are all there and undamaged, and the newer ones that are not, with reasons."""
-    broken = []
+    broken: list[tuple[Path, str]] = []
     for _, folder in reversed(checkpoint_steps(run)):
         problem = manifest.problem(folder, hashes=True)
         if problem is None:

@@ -33,6 +33,12 @@ def test_order_is_upstream_first_and_else_as_written() -> None:
     graph.check(stages)
     assert graph.order(stages) == ["z", "b", "r", "c", "a"]
     assert graph.upstream(stages["c"]) == ["b", "r"]
+    assert graph.order(nodes(late="root2", root1=None, early="root1", root2=None)) == [
+        "root1",
+        "early",
+        "root2",
+        "late",
+    ]
     assert graph.upstream(Node(stage="ppo", model="b", reference="b", after=["b", "x"])) == ["b", "x"]
 
 

@@ -9,9 +9,11 @@ import random
 from collections.abc import Iterator
 
 from conf.schema import Data
-from post_training.data.source import Row, Source, Split, assistant, think_answer, user
+from post_training.data.source import DataError, Row, Source, Split, assistant, think_answer, user
 
 SMALLEST, LARGEST = 10, 99
+PAIRS = (LARGEST - SMALLEST + 1) * (LARGEST - SMALLEST + 2) // 2
+"""Pairs {a, b} there are."""
 
 
 def work(a: int, b: int) -> str:
@@ -43,6 +45,10 @@ class Arithmetic(Source):
 
     def __init__(self, cfg: Data) -> None:
         super().__init__(cfg)
+        if cfg.held_out >= PAIRS:
+            raise DataError(
+                f"data.held_out={cfg.held_out}: there are only {PAIRS} different sums\n  fix: data.held_out={PAIRS // 4}"
+            )
         rng = random.Random(f"held-out {cfg.seed}")
         held_out: dict[tuple[int, int], None] = {}
         while len(held_out) < cfg.held_out:

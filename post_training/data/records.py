@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def read_records(path: str) -> Dataset:
+def read_records(path: str, hub_config: str | None = None) -> Dataset:
     """The records of a file, a folder of files or a hub id. Raises DataError when there are none to read."""
     from datasets import load_dataset
 
@@ -24,12 +24,14 @@ def read_records(path: str) -> Dataset:
     if not location.exists():
         if path.startswith(("/", ".", "~")):
             raise DataError(f"data.path={path}: no such file or folder\n  fix: give an existing path")
-        return load_dataset(path, split="train")
+        return load_dataset(path, hub_config, split="train")
     files = sorted(p for p in location.rglob("*") if p.is_file()) if location.is_dir() else [location]
     kinds = {FORMATS.get(Path(f.name.removesuffix(".gz")).suffix) for f in files}
     if len(kinds) != 1 or None in kinds:
         found = ", ".join(sorted({"".join(f.suffixes) or f.name for f in files})) or "nothing"
-        raise DataError(f"data.path={path}: found {found}\n  fix: files of one kind: {', '.join(FORMATS)}, each also as .gz")
+        raise DataError(
+            f"data.path={path}: found {found}\n  fix: files of one kind: {', '.join(FORMATS)}, each also as .gz"
+        )
     return load_dataset(kinds.pop(), data_files=[str(f) for f in files], split="train")
 
 
@@ -38,6 +40,7 @@ class Records(Source):
 
     fields: tuple[str, ...] = ()
     hub_id = ""
+    hub_config: str | None = None
 
     @cached_property
     def splits(self) -> dict[Split, Dataset]:
@@ -58,7 +61,7 @@ class Records(Source):
         return {"train": records, "held_out": held_out.select(range(min(cfg.held_out, len(held_out))))}
 
     def _checked(self, path: str) -> Dataset:
-        records = read_records(path)
+        records = read_records(path, self.hub_config)
         missing = [f for f in self.fields if f not in records.column_names]
         if missing:
             raise DataError(
@@ -77,13 +80,16 @@ class Gsm8k(Records):
 
     fields = ("question", "answer")
     hub_id = "openai/gsm8k"
+    hub_config = "main"
 
     @staticmethod
     def solution(record: Row) -> tuple[str, str]:
         """Reasoning and final number. Raises DataError for a record without '#### N'."""
         thought, mark, answer = record["answer"].rpartition("####")
         if not mark:
-            raise DataError(f"data.name=gsm8k: no '#### N' in the answer of {record['question'][:60]!r}\n  fix: mend the record")
+            raise DataError(
+                f"data.name=gsm8k: no '#### N' in the answer of {record['question'][:60]!r}\n  fix: mend the record"
+            )
         return re.sub(r"<<[^>]*>>", "", thought).strip(), answer.strip().replace(",", "")
 
     def documents(self, split: Split) -> Dataset:
@@ -112,20 +118,34 @@ class HhRlhf(Records):
         roles = {"Human": user, "Assistant": assistant}
         return [roles[who](text.strip()) for who, text in zip(turns[::2], turns[1::2], strict=True)]
 
+    @staticmethod
+    def well_formed(messages: list[Row]) -> bool:
+        """Whether user and assistant take turns, the assistant last, and neither says nothing: some records fail."""
+        roles = [m["role"] for m in messages]
+        alternate = bool(roles) and roles == ["user", "assistant"] * (len(roles) // 2)
+        return alternate and all(m["content"] for m in messages)
+
     def documents(self, split: Split) -> Dataset:
         return self._map(split, lambda r: {"text": r["chosen"].strip()})
 
     def demonstrations(self, split: Split) -> Dataset:
-        return self._map(split, lambda r: {"messages": self.messages(r["chosen"])})
+        rows = self._map(split, lambda r: {"messages": self.messages(r["chosen"])})
+        return rows.filter(lambda r: self.well_formed(r["messages"]), load_from_cache_file=False)
 
     def preferences(self, split: Split) -> Dataset:
         def row(r: Row) -> Row:
-            chosen, rejected = self.messages(r["chosen"]), self.messages(r["rejected"])
-            return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
+            chosen = self.messages(r["chosen"])
+            return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": self.messages(r["rejected"])[-1:]}
 
         def usable(r: Row) -> bool:
             """One prompt, two different answers."""
-            same_prompt = bool(r["prompt"]) and r["chosen"] and r["rejected"]
-            return bool(same_prompt) and r["chosen"][0]["content"] != r["rejected"][0]["content"]
+            chosen, rejected = self.messages(r["chosen"]), self.messages(r["rejected"])
+            return (
+                self.well_formed(chosen)
+                and self.well_formed(rejected)
+                and chosen[:-1] == rejected[:-1]
+                and chosen[-1] != rejected[-1]
+            )
 
-        return self._map(split, row).filter(usable, load_from_cache_file=False)
+        records = self.splits[split].filter(usable, load_from_cache_file=False)
+        return records.map(row, remove_columns=records.column_names, load_from_cache_file=False)

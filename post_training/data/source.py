@@ -40,7 +40,9 @@ class Source:
         raise self._lacks("prompts with answers")
 
     def _lacks(self, kind: str) -> DataError:
-        return DataError(f"data.name={self.cfg.name}: has no {kind}\n  fix: give this stage another data set, as in sft.data=gsm8k")
+        return DataError(
+            f"data.name={self.cfg.name}: has no {kind}\n  fix: give this stage another data set, as in sft.data=gsm8k"
+        )
 
 
 def user(text: str) -> Row:

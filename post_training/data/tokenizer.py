@@ -21,7 +21,7 @@ THINK_ANSWER = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-"""Turns between role tokens; `{% generation %}` marks what the assistant says, its end included: only that is trained."""
+"""Turns between role tokens; `{% generation %}` marks what is trained: what the assistant says, its end included."""
 
 
 def bytes_tokenizer() -> PreTrainedTokenizerBase:

@@ -12,8 +12,8 @@ from conf.schema import Reward
 
 RewardFunction = Callable[..., list[float]]
 
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_NUMBER = re.compile(r"[-+]?\$?\d[\d,]*(?:\.\d+)?")
+_ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)  # the tag nearest to its end
+_NUMBER = re.compile(r"[-+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
 _FORMAT = re.compile(r"\s*<think>(?:(?!</?think>|</?answer>).)*</think>\s*<answer>[^<]+</answer>\s*", re.DOTALL)
 
 

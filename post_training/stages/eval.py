@@ -99,7 +99,9 @@ def _reward_scores(
 ) -> list[float]:
     scores: list[float] = []
     for chunk in _chunks(texts, batch_size):
-        batch = tokenizer(chunk, add_special_tokens=False, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+        batch = tokenizer(
+            chunk, add_special_tokens=False, padding=True, truncation=True, max_length=max_length, return_tensors="pt"
+        )
         scores += model(**batch.to(model.device)).logits[:, 0].float().tolist()
     return scores
 
@@ -156,7 +158,11 @@ def judge_policy(stage: Stage) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 @torch.no_grad()
 def greedy_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], max_new_tokens: int, batch_size: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Any],
+    max_new_tokens: int,
+    batch_size: int,
 ) -> list[tuple[str, list[int]]]:
     """Greedy completions, as text and as token ids up to the end of the turn, in the prompts' order.
 
@@ -204,13 +210,17 @@ def perplexity(
     return math.exp(min(total / max(count, 1), 50.0))
 
 
-def _documents(source: data.Source, tokenizer: PreTrainedTokenizerBase, limit: int, width: int) -> list[tuple[list[int], list[int]]]:
+def _documents(
+    source: data.Source, tokenizer: PreTrainedTokenizerBase, limit: int, width: int
+) -> list[tuple[list[int], list[int]]]:
     texts = source.documents("held_out")["text"][:limit]
     rows = [(tokenizer(t, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id])[:width] for t in texts]
     return [(ids, [1] * len(ids)) for ids in rows]
 
 
-def _demonstrations(source: data.Source, tokenizer: PreTrainedTokenizerBase, limit: int, width: int) -> list[tuple[list[int], list[int]]]:
+def _demonstrations(
+    source: data.Source, tokenizer: PreTrainedTokenizerBase, limit: int, width: int
+) -> list[tuple[list[int], list[int]]]:
     rows = []
     for messages in source.demonstrations("held_out")["messages"][:limit]:
         marked = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)

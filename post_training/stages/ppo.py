@@ -464,7 +464,7 @@ class PPOTrainer(Trainer):
         self,
         model: PolicyWithValue,
         ref_model: PreTrainedModel,
-        reward_funcs: list[RewardFunc],
+        reward_funcs: Sequence[RewardFunc],
         reward_weights: list[float],
         args: PPOArguments,
         train_dataset: Any,
