@@ -103,7 +103,6 @@ class Slurm:
     env: dict[str, str] = key({}, "environment variables of the job; secrets belong in your own environment")
     constraint: str | None = key(None, "node features wanted, as in --constraint")
     exclude: str | None = key(None, "nodes not to be used, as in --exclude")
-    array_parallelism: int | None = key(None, "jobs of one sweep running at a time; null: no limit")
 
 
 @dataclass
@@ -130,6 +129,7 @@ class Logging:
 
 @dataclass
 class Paths:
+    data: str = key("data", "folder of local data sets, for data.path=${paths.data}/...")
     output_base: str = key("outputs", "folder of all pipelines; a run's folder is <output_base>/<run_name>/<stage>")
 
 

@@ -61,7 +61,7 @@ class Records(Source):
         return {"train": records, "held_out": held_out.select(range(min(cfg.held_out, len(held_out))))}
 
     def _checked(self, path: str) -> Dataset:
-        records = read_records(path, self.hub_config)
+        records = read_records(path, self.hub_config if path == self.hub_id else None)
         missing = [f for f in self.fields if f not in records.column_names]
         if missing:
             raise DataError(

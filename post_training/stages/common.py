@@ -126,6 +126,7 @@ def trainer_arguments(stage: Stage, lr: float) -> dict[str, Any]:
         "use_cpu": on_cpu,
         # a backend named in a single process makes accelerate look for a process group that is not there
         "ddp_backend": (cfg.parallel.backend or ("gloo" if on_cpu else "nccl")) if "WORLD_SIZE" in os.environ else None,
+        "ddp_find_unused_parameters": False,
         "ddp_timeout": cfg.parallel.timeout_minutes * 60,
         "dataloader_pin_memory": not on_cpu,
     }

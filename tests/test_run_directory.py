@@ -1,0 +1,525 @@
+"""The contract of both sides: run directory, ledger, history, manifest, and the life of a job."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from post_training.run import directory, ledger, life, manifest
+from post_training.run.directory import RunDirectory, write_atomic
+from post_training.run.history import History, summarise
+from post_training.run.life import DEADLINE, DONE, STOPPED, Ending, decide
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    run = RunDirectory(tmp_path / "my pipe's" / "sft")
+    run.create()
+    return run
+
+
+def configure(run: RunDirectory, max_failures: int = 3, **inputs: dict[str, Any] | None) -> None:
+    sources = {"model": None, "reference": None, "reward_model": None} | inputs
+    run.config.write_text(yaml.safe_dump({"inputs": sources, "slurm": {"max_failures": max_failures}}))
+
+
+def complete(folder: Path, text: str = "weights") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.safetensors").write_text(text)
+    manifest.write(folder)
+    return folder
+
+
+# ----------------------------------------------------------------------------------------- write_atomic
+
+
+def test_write_atomic_replaces_the_whole_text(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomic(path, "a long text that goes\n")
+    write_atomic(path, "é\n")
+    assert path.read_text(encoding="utf-8") == "é\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_write_atomic_leaves_the_old_text_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_atomic(path, "old")
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(directory.os, "fsync", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        write_atomic(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_write_atomic_is_durable_before_it_is_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fsync of the text, then the rename, then fsync of the folder that holds the new name."""
+    done: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def spy_fsync(descriptor: int) -> None:
+        done.append(f"fsync {os.readlink(f'/proc/self/fd/{descriptor}')}")
+        fsync(descriptor)
+
+    def spy_replace(self: Path, target: Path) -> Path:
+        done.append(f"rename to {target}")
+        return replace(self, target)
+
+    monkeypatch.setattr(directory.os, "fsync", spy_fsync)
+    monkeypatch.setattr(Path, "replace", spy_replace)
+    write_atomic(tmp_path / "file", "text")
+    assert len(done) == 3
+    assert done[0].startswith(f"fsync {tmp_path}/.file")
+    assert done[1:] == [f"rename to {tmp_path}/file", f"fsync {tmp_path}"]
+
+
+# ----------------------------------------------------------------------------------------------- ledger
+
+
+def test_append_and_read(run: RunDirectory) -> None:
+    assert ledger.read(run.ledger) == []
+    before = time.time()
+    written = [ledger.append(run.ledger, "submitted", job_id="7", cluster="é\n\u2028"), ledger.append(run.ledger, "x")]
+    assert ledger.read(run.ledger) == written
+    assert [e["event"] for e in written] == ["submitted", "x"]
+    assert all(e["version"] == 1 and before - 0.001 <= e["time"] <= time.time() + 0.001 for e in written)
+    assert written[0]["cluster"] == "é\n\u2028"
+
+
+@pytest.mark.parametrize("torn", [b'{"time": 1, "eve', b"\xff\xfe", b"{}", b"x"])
+def test_a_torn_line_costs_no_other(run: RunDirectory, torn: bytes) -> None:
+    first = ledger.append(run.ledger, "first")
+    with run.ledger.open("ab") as file:
+        file.write(torn)
+    second, third = ledger.append(run.ledger, "second"), ledger.append(run.ledger, "third")
+    assert ledger.read(run.ledger) == [first, second, third]
+    assert torn in run.ledger.read_bytes()  # nothing is taken away
+
+
+JUNK = st.one_of(
+    st.text(),
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["event", "time", "step", "x"]), inner),
+    ).map(json.dumps),
+)
+
+
+@given(before=st.lists(JUNK), after=st.lists(JUNK))
+def test_parse_finds_events_among_junk(before: list[str], after: list[str]) -> None:
+    event = {"time": 1.5, "event": "checkpoint_saved", "step": 3, "version": 1}
+    found = ledger.parse("\n".join([*before, json.dumps(event), *after]))
+    assert event in found
+    assert all(isinstance(e["event"], str) and "time" in e for e in found)
+    summarise(found)
+
+
+def test_parse_outlives_absurd_lines() -> None:
+    event = {"time": 1.5, "event": "x"}
+    lines = ["[" * 200_000, "9" * 10_000, '{"event": "e", "time": ' + "[" * 200_000, json.dumps(event)]
+    assert ledger.parse("\n".join(lines)) == [event]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from post_training.run import ledger
+sys.stdin.readline()  # all start at once
+for i in range(150):
+    ledger.append(Path(sys.argv[1]), "checkpoint_saved", writer=sys.argv[2], step=i, padding="x" * (i * 7 % 900))
+"""
+
+
+def test_appends_of_several_processes_stay_whole(run: RunDirectory) -> None:
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(run.ledger), str(n)],
+            stdin=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        for n in range(4)
+    ]  # fmt: skip
+    for writer in writers:
+        writer.communicate(b"go\n")if writer is writers[-1] else (writer.stdin.write(b"go\n"), writer.stdin.flush())
+    assert [w.wait() for w in writers] == [0] * 4
+    lines = run.ledger.read_text().splitlines()
+    assert len(lines) == 600
+    found = [json.loads(line) for line in lines]
+    for n in range(4):
+        assert [e["step"] for e in found if e["writer"] == str(n)] == list(range(150))
+
+
+# --------------------------------------------------------------------------------------------- manifest
+
+
+def test_manifest_of_a_whole_folder(tmp_path: Path) -> None:
+    folder = complete(tmp_path / "model")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "x").write_bytes(b"123")
+    manifest.write(folder, step=7)
+    written = manifest.read(folder)
+    assert written is not None and written["step"] == 7
+    assert written["files"] == {
+        "model.safetensors": {
+            "bytes": 7, "sha256": "9c85bed97ffeae22148ef1d1fa00fe3e5f1efaea2c9c0c2e1a0e0c8f7b9f2c50",
+        } | {"sha256": __import__("hashlib").sha256(b"weights").hexdigest()},
+        "sub/x": {"bytes": 3, "sha256": "a665a45920422f9d417e4867efdc4fb8a04a1f3fff1fa07e998e86f7f7a27ae3"},
+    }  # fmt: skip
+    assert manifest.problem(folder) is None and manifest.problem(folder, hashes=True) is None
+    manifest.write(folder)  # it is no part of itself
+    assert set(manifest.read(folder)["files"]) == {"model.safetensors", "sub/x"}
+
+
+def test_manifest_finds_what_is_wrong(tmp_path: Path) -> None:
+    assert manifest.problem(tmp_path / "nowhere") == "no manifest.json"
+    folder = complete(tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_text("weighty")  # as long as before
+    assert manifest.problem(folder) is None
+    assert manifest.problem(folder, hashes=True) == "model.safetensors is damaged"
+    weights.write_text("short")
+    assert manifest.problem(folder) == "model.safetensors has 5 bytes, not 7"
+    weights.unlink()
+    assert manifest.problem(folder) == "model.safetensors is missing"
+    weights.mkdir()
+    assert manifest.problem(folder) == "model.safetensors is missing"
+
+
+@pytest.mark.parametrize("text", ["", "{", "null", "[]", "7", "{}", '{"files": 3}', '{"files": {"a": 1}}', "\x00"])
+def test_a_damaged_manifest_is_a_problem_and_no_crash(tmp_path: Path, text: str) -> None:
+    folder = complete(tmp_path / "model")
+    (folder / "a").write_text("a")
+    (folder / manifest.NAME).write_text(text)
+    assert manifest.problem(folder) in ("no manifest.json", "manifest.json is damaged")
+
+
+@pytest.mark.parametrize(("folder_mode", "file_mode"), [(0o750, 0o640), (0o700, 0o600), (0o775, 0o664), (0o755, 0o644)])
+def test_files_get_what_their_folder_grants(tmp_path: Path, folder_mode: int, file_mode: int) -> None:
+    folder = complete(tmp_path / "model")
+    (folder / "model.safetensors").chmod(0o600)
+    folder.chmod(folder_mode)
+    manifest.write(folder)
+    assert (folder / "model.safetensors").stat().st_mode & 0o777 == file_mode
+
+
+# ---------------------------------------------------------------------------------------- stop requests
+
+
+def test_a_stop_request_stops_its_attempt_alone(run: RunDirectory) -> None:
+    assert not run.stop_requested(1)
+    assert not run.stop_requested(0) or run.stop_request.read_text() == "0\n"
+    run.request_stop(1)
+    assert run.stop_requested(1)
+    assert not run.stop_requested(2) and not run.stop_requested(11)
+    run.request_stop(12)
+    run.request_stop(2)  # shorter than what it replaces
+    assert run.stop_requested(2) and not run.stop_requested(12)
+
+
+def test_a_stop_request_is_written_in_place(run: RunDirectory) -> None:
+    """NFS clients see new content of a file they know, but a renamed one only after a minute."""
+    before = run.stop_request.stat().st_ino
+    run.request_stop(3)
+    assert run.stop_request.stat().st_ino == before
+
+
+def test_create_leaves_a_runs_request_alone(run: RunDirectory) -> None:
+    run.request_stop(4)
+    run.create()
+    assert run.stop_requested(4)
+
+
+def test_no_file_no_stop(run: RunDirectory) -> None:
+    run.stop_request.unlink()
+    assert not run.stop_requested(1)
+
+
+# ---------------------------------------------------------------------------------------------- history
+
+
+def story(*steps: tuple[str, dict[str, Any]]) -> History:
+    return summarise({"time": 100.0 + i, "event": name, **fields} for i, (name, fields) in enumerate(steps))
+
+
+def submitted(job_id: str = "7") -> tuple[str, dict[str, Any]]:
+    return "submitted", {"job_id": job_id, "cluster": "h100"}
+
+
+def started(attempt: int, job_id: str = "7") -> tuple[str, dict[str, Any]]:
+    return "attempt_started", {"attempt": attempt, "job_id": job_id, "node": "n1"}
+
+
+def saved(step: int) -> tuple[str, dict[str, Any]]:
+    return "checkpoint_saved", {"attempt": 1, "step": step, "seconds": 0.1}
+
+
+def ended(attempt: int, outcome: str, action: str, reason: str | None = None) -> tuple[str, dict[str, Any]]:
+    fields = {"attempt": attempt, "code": 1, "outcome": outcome, "action": action, "reason": reason}
+    return "attempt_ended", fields
+
+
+TRAINING = ("training_started", {"attempt": 1, "step": 0})
+ASKED = ("stop_requested", {"attempt": 1, "signal": "USR1"})
+
+
+def test_history_of_nothing() -> None:
+    assert summarise([]) == History()
+
+
+def test_history_follows_an_attempt() -> None:
+    assert story(submitted()) == History(job_id="7", cluster="h100", submitted=100.0)
+    now = story(submitted(), started(1))
+    assert (now.running, now.training, now.stopping, now.attempts) == (True, False, False, 1)
+    assert (now.attempt_started, now.attempt_ended) == (101.0, None)
+    now = story(submitted(), started(1), TRAINING, saved(10), ASKED)
+    assert (now.running, now.training, now.stopping, now.checkpoint_step) == (True, True, True, 10)
+    now = story(submitted(), started(1), TRAINING, saved(10), ASKED, ended(1, "stopped", "requeue", "late"))
+    assert (now.running, now.training, now.stopping) == (False, False, False)
+    assert (now.outcome, now.action, now.reason, now.attempt_ended) == ("stopped", "requeue", "late", 105.0)
+
+
+def test_a_new_attempt_forgets_how_the_last_one_ended() -> None:
+    now = story(submitted(), started(1), ended(1, "failed", "requeue", "exit status 1"), started(2))
+    assert (now.outcome, now.action, now.reason) == (None, None, None)
+    assert (now.running, now.attempts, now.failures) == (True, 2, 1)  # but not that it failed
+
+
+def test_failures_count_up_and_progress_sets_them_back() -> None:
+    failed = [ended(1, "failed", "requeue"), started(2), ended(2, "failed", "requeue")]
+    assert story(started(1), *failed).failures == 2
+    assert story(started(1), *failed, started(3), saved(5)).failures == 0
+    assert story(started(1), saved(5), *failed, started(3), saved(5)).failures == 2  # the same step again: no progress
+    assert story(started(1), saved(5), *failed, started(3), saved(4)).failures == 2
+    assert story(started(1), *failed, started(3), ended(3, "stopped", "requeue")).failures == 2
+
+
+def test_submitting_again_starts_with_a_clean_count() -> None:
+    """A run that gave up and is submitted on purpose gets all of its attempts again."""
+    gave_up = [submitted("7"), started(1), ended(1, "failed", "requeue"), started(2), ended(2, "failed", "exit", "gave up")]
+    assert story(*gave_up).failures == 2
+    now = story(*gave_up, submitted("8"))
+    assert (now.failures, now.job_id, now.outcome, now.action, now.reason) == (0, "8", None, None, None)
+    assert now.attempts == 2  # numbers go on: old processes must not be taken for new ones
+
+
+def test_cancelled_and_submitted_again() -> None:
+    now = story(submitted(), started(1), ("cancelled", {"reason": "by ann"}))
+    assert (now.cancelled, now.reason, now.running) == (True, "by ann", False)
+    now = story(submitted(), started(1), ("cancelled", {"reason": "by ann"}), submitted("8"))
+    assert (now.cancelled, now.reason) == (False, None)
+
+
+def test_reused() -> None:
+    assert story(("reused", {"run_dir": "/elsewhere"})).reused == "/elsewhere"
+
+
+WHOLE = [
+    submitted(), started(3), TRAINING, ASKED, saved(10), ended(3, "failed", "exit", "why"),
+    ("cancelled", {"reason": "by ann"}), ("reused", {"run_dir": "/elsewhere"}),
+]  # fmt: skip
+FIELDS = {"job_id", "cluster", "attempt", "step", "outcome", "action", "run_dir", "time"}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "lacking"),
+    [(n, f, k) for n, f in WHOLE for k in sorted(FIELDS & {*f, "time"}) if (n, k) not in {
+        # fields that are told to people, not folded
+        ("checkpoint_saved", "attempt"), ("attempt_ended", "attempt"), ("training_started", "attempt"),
+        ("training_started", "step"), ("training_started", "time"), ("stop_requested", "attempt"),
+        ("stop_requested", "time"), ("checkpoint_saved", "time"), ("cancelled", "time"), ("reused", "time"),
+    }],
+)  # fmt: skip
+def test_events_that_lack_a_field_are_passed_over(name: str, fields: dict[str, Any], lacking: str) -> None:
+    """Another version's line, or a damaged one, must not hide the whole run from `status`."""
+    before = [submitted("6"), started(2, "6"), saved(4)]
+    expected = story(*before)
+    event = {"time": 200.0, "event": name, **fields}
+    base = [{"time": 100.0 + i, "event": n, **f} for i, (n, f) in enumerate(before)]
+    assert summarise([*base, event]) != expected  # whole, it counts
+    del event[lacking]
+    assert summarise([*base, event]) == expected
+    assert summarise([*base, {**event, lacking: ["x"]}]) == expected
+
+
+@given(st.lists(st.dictionaries(
+    st.sampled_from(["job_id", "cluster", "attempt", "step", "outcome", "action", "reason", "run_dir"]),
+    st.one_of(st.none(), st.integers(), st.text(), st.lists(st.integers())),
+).flatmap(lambda d: st.sampled_from([n for n, _ in WHOLE]).map(lambda n: {"time": 1.0, **d, "event": n}))))  # fmt: skip
+def test_no_ledger_breaks_its_summary(events: list[dict[str, Any]]) -> None:
+    history = summarise(events)
+    assert isinstance(history.attempts, int) and isinstance(history.checkpoint_step, int)
+    assert history.failures <= len(events)
+
+
+# ------------------------------------------------------------------------------------------------- life
+
+LATE = "left without saving (status 124)"
+CASES = [
+    # code, signal, whole, failures before -> outcome, action, exit code, reason
+    (0, None, True, 0, Ending("finished", "exit", 0)),
+    (0, None, True, 2, Ending("finished", "exit", 0)),
+    (0, "USR1", True, 0, Ending("finished", "exit", 0)),  # it finished before it saw the request
+    (0, "TERM", True, 0, Ending("finished", "exit", 0)),
+    (STOPPED, "USR1", False, 0, Ending("stopped", "requeue", 0)),
+    (STOPPED, "USR1", False, 9, Ending("stopped", "requeue", 0)),  # planned ones never give up
+    (0, "USR1", False, 0, Ending("stopped", "requeue", 0)),
+    (DEADLINE, "USR1", False, 2, Ending("stopped", "requeue", 0, LATE)),
+    (1, "USR1", False, 2, Ending("stopped", "requeue", 0, "left without saving (status 1)")),
+    (DEADLINE, "USR1", True, 0, Ending("stopped", "requeue", 0, LATE)),
+    (STOPPED, "TERM", False, 2, Ending("stopped", "exit", 143, "stopped on request")),
+    (DEADLINE, "TERM", False, 2, Ending("stopped", "exit", 143, "stopped on request")),
+    (0, "TERM", False, 2, Ending("stopped", "exit", 143, "stopped on request")),
+    (1, "TERM", False, 2, Ending("stopped", "exit", 143, "stopped on request")),
+    (STOPPED, None, False, 2, Ending("stopped", "exit", 143, "stopped on request")),  # the processes got SIGTERM alone
+    (1, None, False, 0, Ending("failed", "requeue", 0, "exit status 1")),
+    (1, None, False, 1, Ending("failed", "requeue", 0, "exit status 1")),
+    (1, None, False, 2, Ending("failed", "exit", 1, "exit status 1; gave up after 3 failures without progress")),
+    (137, None, False, 5, Ending("failed", "exit", 137, "exit status 137; gave up after 6 failures without progress")),
+    (0, None, False, 0, Ending("failed", "requeue", 0, "ended without a complete output")),
+    (0, None, False, 2, Ending(
+        "failed", "exit", 1, "ended without a complete output; gave up after 3 failures without progress")),
+    (1, None, True, 0, Ending("failed", "requeue", 0, "exit status 1")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("code", "signal", "whole", "failures", "ending"), CASES)
+def test_decide(code: int, signal: str | None, whole: bool, failures: int, ending: Ending) -> None:
+    assert decide(code, signal, whole, failures, max_failures=3) == ending
+
+
+@given(st.integers(0, 255), st.sampled_from([None, "USR1", "TERM"]), st.booleans(), st.integers(0, 5), st.integers(1, 5))
+def test_every_ending_is_one_of_a_few(code: int, signal: str | None, whole: bool, failures: int, limit: int) -> None:
+    ending = decide(code, signal, whole, failures, limit)
+    assert (ending.exit_code == 0) == (ending.action == "requeue" or ending.outcome == "finished")
+    if ending.outcome == "failed":
+        assert signal is None  # what was asked for is never a failure
+        assert (ending.action == "exit") == (failures + 1 >= limit)
+    if ending.outcome == "finished":
+        assert whole and code == 0
+
+
+def test_begin_numbers_attempts_in_the_ledger(run: RunDirectory) -> None:
+    configure(run)
+    assert [life.begin(run, "7", "n1"), life.begin(run, "7", "n2")] == [1, 2]
+    assert [(e["attempt"], e["job_id"], e["node"]) for e in ledger.read(run.ledger)] == [(1, "7", "n1"), (2, "7", "n2")]
+
+
+def test_begin_of_a_finished_run_starts_nothing(run: RunDirectory) -> None:
+    configure(run)
+    complete(run.model)
+    assert life.begin(run, "7", "n1") is None
+    assert ledger.read(run.ledger) == []
+
+
+def test_begin_refuses_an_input_that_is_not_whole(run: RunDirectory, tmp_path: Path) -> None:
+    source = complete(tmp_path / "base" / "model")
+    configure(run, model={"path": str(source), "run_dir": str(source.parent)})
+    (source / "model.safetensors").write_text("torn")
+    with pytest.raises(RuntimeError, match=r"inputs\.model=.*not a complete output.*4 bytes, not 7"):
+        life.begin(run, "7", "n1")
+    assert ledger.read(run.ledger) == []
+    complete(source)
+    assert life.begin(run, "7", "n1") == 1
+
+
+def test_begin_takes_models_from_outside_the_pipeline_as_they_are(run: RunDirectory, tmp_path: Path) -> None:
+    configure(run, model={"path": "Qwen/Qwen3-0.6B", "run_dir": None}, reference={"path": str(tmp_path), "run_dir": None})
+    assert life.begin(run, "7", "n1") == 1
+
+
+def test_end_writes_what_happened_and_the_count(run: RunDirectory) -> None:
+    configure(run, max_failures=2)
+    first = life.begin(run, "7", "n1")
+    assert life.end(run, first, 1, None).action == "requeue"
+    assert run.failure_count.read_text() == "1\n"
+    second = life.begin(run, "7", "n1")
+    ledger.append(run.ledger, "checkpoint_saved", attempt=second, step=5, seconds=0.1)
+    assert life.end(run, second, 1, None).action == "requeue"  # there was progress: the count began anew
+    assert run.failure_count.read_text() == "1\n"
+    third = life.begin(run, "7", "n1")
+    ending = life.end(run, third, 9, None)
+    assert (ending.action, ending.exit_code) == ("exit", 9)
+    assert run.failure_count.read_text() == "2\n"
+    last = ledger.read(run.ledger)[-1]
+    assert {k: last[k] for k in ("event", "attempt", "code", "outcome", "action", "reason")} == {
+        "event": "attempt_ended", "attempt": 3, "code": 9, "outcome": "failed", "action": "exit",
+        "reason": "exit status 9; gave up after 2 failures without progress",
+    }  # fmt: skip
+
+
+def test_a_run_that_gave_up_may_fail_again_after_it_is_submitted_again(run: RunDirectory) -> None:
+    configure(run, max_failures=2)
+    for _ in range(2):
+        ending = life.end(run, life.begin(run, "7", "n1"), 1, None)
+    assert ending.action == "exit"
+    ledger.append(run.ledger, "submitted", job_id="8", cluster="h100")
+    assert life.end(run, life.begin(run, "8", "n1"), 1, None).action == "requeue"
+
+
+def test_end_of_a_finished_attempt(run: RunDirectory) -> None:
+    configure(run)
+    attempt = life.begin(run, "7", "n1")
+    complete(run.model)
+    assert life.end(run, attempt, 0, None) == Ending("finished", "exit", 0)
+    assert run.failure_count.read_text() == "0\n"
+
+
+def command(*args: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "post_training.run.life", *map(str, args)], capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+
+
+def test_the_scripts_commands(run: RunDirectory, tmp_path: Path) -> None:
+    configure(run, max_failures=1)
+    begun = command("begin", run.root, "--job-id", "7", "--node", "n1")
+    assert (begun.returncode, begun.stdout) == (0, "1\n")
+    assert command("stop", run.root, "--attempt", 1, "--signal", "USR1").returncode == 0
+    assert run.stop_requested(1)
+    assert command("end", run.root, "--attempt", 1, "--code", STOPPED, "--signal", "USR1").stdout == "requeue\n"
+    assert command("begin", run.root, "--job-id", "7", "--node", "n1").stdout == "2\n"
+    assert command("end", run.root, "--attempt", 2, "--code", 9, "--signal", "").stdout == "exit 9\n"
+    assert [e["event"] for e in ledger.read(run.ledger)] == [
+        "attempt_started", "stop_requested", "attempt_ended", "attempt_started", "attempt_ended",
+    ]  # fmt: skip
+    configure(run, model={"path": str(tmp_path / "x"), "run_dir": str(tmp_path)})
+    refused = command("begin", run.root, "--job-id", "7", "--node", "n1")
+    assert refused.returncode == 2 and refused.stdout == "" and "no manifest.json" in refused.stderr
+    complete(run.model)
+    done = command("begin", run.root, "--job-id", "7", "--node", "n1")
+    assert (done.returncode, done.stdout) == (DONE, "")
+
+
+# ------------------------------------------------------------------------------------------------ paths
+
+
+def test_layout(run: RunDirectory) -> None:
+    inside = {
+        run.config: "config.yaml", run.code: "code", run.checkpoints: "checkpoints", run.model: "model",
+        run.inference_checkpoints: "inference_checkpoints", run.results: "model/results.json", run.logs: "logs",
+        run.metrics: "logs/metrics.jsonl", run.script: "slurm/job.sh", run.stop_request: "slurm/stop_request",
+        run.failure_count: "slurm/failure_count", run.ledger: "ledger.jsonl",
+        run.stdout("7"): "slurm/slurm-7.out", run.stderr("7"): "slurm/slurm-7.err",
+    }  # fmt: skip
+    assert {p.relative_to(run.root).as_posix() for p in inside} == set(inside.values())
+    assert all(p == run.root / name for p, name in inside.items())
+    assert (run.name, run.pipeline) == ("sft", "my pipe's")
+
+
+def test_no_run_directory_touches_the_disk(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        RunDirectory(tmp_path / "none").read_config()
+    assert list(tmp_path.iterdir()) == []
