@@ -34,7 +34,7 @@ def judged_stages(looks: list[Look]) -> list[Judged]:
     """The stages of one pipeline that have been judged, in the pipeline's order."""
     from launchers.status import real
 
-    folders = {real(path): look.name for look in looks for path in (look.run.root, look.output.root)}
+    folders = {real(look.run.root): look.name for look in looks}
     evals = {
         look.inputs()["model"]: look
         for look in looks
@@ -42,13 +42,13 @@ def judged_stages(looks: list[Look]) -> list[Judged]:
     }
     found = []
     for look in looks:
-        judge = evals.get(real(look.output.root)) or evals.get(real(look.run.root))
+        judge = evals.get(real(look.run.root))
         if judge is None or look.config.get("stage") == "eval":
             continue
-        results = json.loads(judge.output.results.read_text(encoding="utf-8"))
-        lines = judge.output.samples.read_text(encoding="utf-8").splitlines()
+        results = json.loads(judge.run.results.read_text(encoding="utf-8"))
+        lines = judge.run.samples.read_text(encoding="utf-8").splitlines()
         parent = folders.get(look.inputs().get("model", ""))
-        found.append(Judged(look.name, parent, look.output.model, results, [json.loads(x) for x in lines]))
+        found.append(Judged(look.name, parent, look.run.model, results, [json.loads(x) for x in lines]))
     return found
 
 

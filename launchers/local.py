@@ -407,7 +407,7 @@ class _Supervisor:
         job.pid = None
         history = job.history()
         job.job_id = history.job_id or ""
-        if history.reused or manifest.problem(run.model) is None:
+        if manifest.problem(run.model) is None:
             if came_from == "elsewhere":
                 self.screen.say(f"{job.name}: done")
             else:

@@ -92,6 +92,7 @@ def job_script(cfg: Config, run: RunDirectory, python: str, dependency: list[str
             # leave a tenth of the lead, at most 30 s, for the requeue itself
             answer_seconds=max(1, cfg.slurm.signal_time_seconds - min(30, cfg.slurm.signal_time_seconds // 10 + 1)),
             done_code=life.DONE,
+            asked_code=life.ASKED,
             stopped_code=life.STOPPED,
             deadline_code=life.DEADLINE,
             requeue_code=life.REQUEUE,

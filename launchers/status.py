@@ -111,8 +111,6 @@ def row_state(
     local_alive: a local supervisor or its job has the run.
     waits_for: upstream runs that are not done.
     """
-    if history.reused:
-        return "done", f"reused from {history.reused}"
     if output_problem is None:
         return "done", None
     if history.job_id is None and not history.cancelled:
@@ -231,14 +229,8 @@ class Look:
     output_problem: str | None = "no manifest.json"
 
     @property
-    def output(self) -> RunDirectory:
-        """Where its output and metrics are: its own folder, or that of the run used in its place."""
-        reused = self.story.history.reused
-        return RunDirectory(Path(reused)) if reused else self.run
-
-    @property
     def done(self) -> bool:
-        return self.output_problem is None or self.story.history.reused is not None
+        return self.output_problem is None
 
     def section(self, name: str) -> Mapping[str, Any]:
         value = self.config.get(name)
@@ -266,7 +258,7 @@ class Look:
         except Exception as error:  # a YAML parser has many ways to say no
             self.config_problem = f"config.yaml cannot be read: {str(error).splitlines()[0] if str(error) else error!r}"
         self.story = table.read_history(self.run)
-        self.output_problem = _output_problem(self.output.model)
+        self.output_problem = _output_problem(self.run.model)
         return self
 
 
@@ -406,7 +398,7 @@ def _row(
     look: Look, state: str, reason: str | None, job: slurm.JobRecord | None,
     scores: dict[str, tuple[float | None, str | None]], now: float,
 ) -> dict[str, Any]:  # fmt: skip
-    history, metrics = look.story.history, table.read_metrics(look.output.metrics)
+    history, metrics = look.story.history, table.read_metrics(look.run.metrics)
     elapsed: float | None = None
     if job is not None and job.state != "PENDING" and job.live:
         elapsed = job.elapsed
@@ -450,7 +442,7 @@ def _scores(looks: list[Look]) -> dict[str, tuple[float | None, str | None]]:
         if look.config.get("stage") != "eval" or look.output_problem is not None:
             continue
         try:
-            results = json.loads(look.output.results.read_text(encoding="utf-8"))
+            results = json.loads(look.run.results.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             continue
         if not isinstance(results, dict):
@@ -460,7 +452,7 @@ def _scores(looks: list[Look]) -> dict[str, tuple[float | None, str | None]]:
         found[look.name] = score
         judged = look.inputs().get("model")
         for other in looks:
-            if judged in (real(other.run.root), real(other.output.root)) and other is not look:
+            if judged == real(other.run.root) and other is not look:
                 found[other.name] = score
     return found
 

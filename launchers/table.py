@@ -14,24 +14,13 @@ from typing import Any
 
 from post_training.run import ledger
 from post_training.run.directory import RunDirectory
-from post_training.run.history import History, summarise
+from post_training.run.history import History, is_sound, summarise
 
 TAIL_BYTES = 8192
 STYLES = {
     "running": "cyan", "stopping": "yellow", "requeued": "yellow", "done": "green", "failed": "bold red",
     "cancelled": "magenta", "unknown": "yellow", "waiting": "dim", "queued": "blue",
 }  # fmt: skip
-
-
-_NEEDS: dict[str, dict[str, type | tuple[type, ...]]] = {
-    "submitted": {"job_id": str, "cluster": str},
-    "attempt_started": {"attempt": int, "job_id": str},
-    "checkpoint_saved": {"step": int},
-    "attempt_ended": {"outcome": str, "action": str},
-    "cancelled": {"reason": str},
-    "reused": {"run_dir": str},
-}
-"""What `summarise` takes from each event."""
 
 
 @dataclass(frozen=True)
@@ -51,18 +40,11 @@ def read_history(run: RunDirectory) -> Story:
         return Story(History())
     except (OSError, RecursionError) as error:
         return Story(History(), f"ledger.jsonl cannot be read: {getattr(error, 'strerror', None) or error}")
-    good = [event for event in events if _sound(event)]
+    good = [event for event in events if is_sound(event) and number(event["time"]) is not None]
     lines = sum(1 for line in text.splitlines() if line.strip())
     if len(good) == lines:
         return Story(summarise(good))
     return Story(summarise(good), f"ledger.jsonl: {lines - len(good)} of {lines} lines are damaged")
-
-
-def _sound(event: ledger.Event) -> bool:
-    needs = _NEEDS.get(event["event"], {})
-    if event["event"] == "attempt_ended" and not isinstance(event.get("reason"), str | None):
-        return False
-    return number(event["time"]) is not None and all(isinstance(event.get(name), kind) for name, kind in needs.items())
 
 
 @dataclass(frozen=True)

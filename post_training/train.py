@@ -64,9 +64,9 @@ def train(run: RunDirectory, attempt: int) -> int:
     follower.trainer = trainer
     trainer.add_callback(follower)
     if stage.cfg.training.num_training_tokens is not None:
-        from post_training.stages.common import steps_for_tokens
+        from post_training.stages.common import steps_for_tokens, token_counts
 
-        trainer.args.max_steps = steps_for_tokens(stage.cfg, [len(ids) for ids in trainer.train_dataset["input_ids"]])
+        trainer.args.max_steps = steps_for_tokens(stage.cfg, token_counts(trainer.train_dataset))
 
     checkpoint, broken = resume.newest_complete(run)
     if trainer.is_world_process_zero():

@@ -13,7 +13,7 @@ from typing import Any
 
 import datasets
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -186,12 +186,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return bytes_tokenizer()
 
 
-PIECES = st.one_of(st.text(), st.sampled_from([*TAGS, "<", ">", "</", "<think", " ", "\n", "é", "日本", "🙂‍", "\u0301"]))
+PIECES = st.one_of(
+    st.text(), st.sampled_from([*TAGS, "<", ">", "</", "<think", " ", "\n", "é", "日本", "🙂‍", "\u0301"])
+)
 
 
 @given(pieces=st.lists(PIECES))
 def test_bytes_tokenizer_gives_back_any_text(tokenizer: PreTrainedTokenizerFast, pieces: list[str]) -> None:
     text = "".join(pieces)
+    assume(not any(role in text for role in (USER, ASSISTANT, SYSTEM, END, PAD)))  # those are tokens of their own
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
@@ -274,9 +277,7 @@ def test_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
 
 def test_every_gsm8k_demonstration_is_right() -> None:
     folder = real_data("gsm8k")
-    cfg = Data(
-        name="gsm8k", path=str(folder / "train.jsonl"), eval_path=str(folder / "test.jsonl"), held_out=10_000
-    )
+    cfg = Data(name="gsm8k", path=str(folder / "train.jsonl"), eval_path=str(folder / "test.jsonl"), held_out=10_000)
     source = data.load(cfg)
     for split, count in (("train", 7473), ("held_out", 1319)):
         demonstrations, problems = source.demonstrations(split), source.problems(split)
@@ -304,7 +305,7 @@ def test_gsm8k_answers_are_the_files_own() -> None:
 
 def test_hh_rlhf_pairs() -> None:
     path = real_data("hh_rlhf") / "harmless-base-test.jsonl.gz"
-    lines = [json.loads(line) for line in gzip.open(path, "rt", encoding="utf-8")]
+    lines = [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
     source = data.load(Data(name="hh_rlhf", path=str(path), held_out=300))
     rows = [*source.preferences("train"), *source.preferences("held_out")]
     assert len(lines) * 0.99 < len(rows) < len(lines)  # a few have two prompts, or a turn inside a turn
@@ -319,14 +320,18 @@ def test_hh_rlhf_pairs() -> None:
     squeezed = {tuple("".join(r[k].split()) for k in ("chosen", "rejected")) for r in lines}
     names = {"user": "Human:", "assistant": "Assistant:"}
     for row in rows:
-        texts = ("".join(names[m["role"]] + m["content"] for m in row["prompt"] + row[k]) for k in ("chosen", "rejected"))
+        texts = (
+            "".join(names[m["role"]] + m["content"] for m in row["prompt"] + row[k]) for k in ("chosen", "rejected")
+        )
         assert tuple("".join(t.split()) for t in texts) in squeezed
     for row in source.demonstrations("train"):
         assert HhRlhf.well_formed(row["messages"])
 
 
 def transcript(*turns: str) -> str:
-    return "".join(f"\n\n{who}: {text}" for who, text in zip(itertools.cycle(("Human", "Assistant")), turns, strict=False))
+    return "".join(
+        f"\n\n{who}: {text}" for who, text in zip(itertools.cycle(("Human", "Assistant")), turns, strict=False)
+    )
 
 
 def hh(tmp_path: Path, rows: list[tuple[str, str]]) -> HhRlhf:
@@ -471,7 +476,7 @@ def test_refused_more_held_out_than_records(tmp_path: Path, held_out: int) -> No
 
 def test_refused_record_without_its_mark(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"question": "how many?", "answer": "forty"}\n' * 3)
-    with pytest.raises(DataError, match="#### N.*'how many\\?'(.|\n)*fix:"):
+    with pytest.raises(DataError, match=r"#### N.*'how many\?'(.|\n)*fix:"):
         Gsm8k.solution({"question": "how many?", "answer": "forty"})
     assert "data.name=gsm8k" in refused(Data("gsm8k", path=str(tmp_path / "a.jsonl"), held_out=1))
 

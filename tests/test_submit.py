@@ -225,7 +225,7 @@ def test_a_sweep_makes_a_pipeline_a_point_and_shares_what_is_the_same(bench: Ben
 
 
 @pytest.fixture
-def cluster(bench: Bench, devcluster: dc.Cluster) -> Iterator[Bench]:  # noqa: F811
+def cluster(bench: Bench, devcluster: dc.Cluster) -> Iterator[Bench]:
     bench.env = {**devcluster.env, "PYTHONPATH": str(ROOT), "POST_TRAINING_DEVCLUSTER": str(devcluster.dir)}
     bench.env["SQUEUE_FORMAT"], bench.env["SBATCH_PARTITION"] = "%A", "nosuch"  # a user's own settings do no harm
     bench.cluster = "dev"
@@ -241,14 +241,14 @@ def job_of(run: RunDirectory) -> RunJob:
     return RunJob(run.slurm, submitted[-1]["job_id"])
 
 
-def records(bench: Bench, devcluster: dc.Cluster) -> dict[str, slurm.JobRecord]:  # noqa: F811
+def records(bench: Bench, devcluster: dc.Cluster) -> dict[str, slurm.JobRecord]:
     found = slurm.jobs(user="root", conf=str(devcluster.conf))
     assert not isinstance(found, slurm.Unknown)
     return {Path(job.comment).name: job for job in found.values() if job.comment.startswith(f"{bench.base}/")}
 
 
 @pytest.mark.slurm
-def test_a_chain_on_slurm(cluster: Bench, devcluster: dc.Cluster) -> None:  # noqa: F811
+def test_a_chain_on_slurm(cluster: Bench, devcluster: dc.Cluster) -> None:
     shape = ("slurm.num_nodes=2", "slurm.gpus_per_node=2", "eval.slurm.num_nodes=1")
     cluster.behave("base", "wait")
     # two at once, and once more: one chain
@@ -288,7 +288,7 @@ def test_a_chain_on_slurm(cluster: Bench, devcluster: dc.Cluster) -> None:  # no
 
 @pytest.mark.slurm
 def test_a_failure_takes_its_dependents_and_the_same_command_goes_on(
-    cluster: Bench, devcluster: dc.Cluster  # noqa: F811
+    cluster: Bench, devcluster: dc.Cluster
 ) -> None:  # fmt: skip
     tokens = ("pipeline=rlhf", "slurm.max_failures=1", "ppo.reward_model_weight=1")
     cluster.behave("sft", "crash")
@@ -312,7 +312,7 @@ def test_a_failure_takes_its_dependents_and_the_same_command_goes_on(
 
 
 @pytest.mark.slurm
-def test_one_stage_after_another(cluster: Bench, devcluster: dc.Cluster) -> None:  # noqa: F811
+def test_one_stage_after_another(cluster: Bench, devcluster: dc.Cluster) -> None:
     assert "output of base" in cluster.refused("submit", "stage=sft")
     cluster.behave("base", "wait")
     assert cluster("submit", "stage=base").returncode == 0
@@ -349,7 +349,7 @@ def test_what_the_cluster_lacks(cluster: Bench, tokens: list[str], words: list[s
 
 
 @pytest.mark.slurm
-def test_a_chain_that_breaks_at_submission_leaves_nothing(cluster: Bench, devcluster: dc.Cluster) -> None:  # noqa: F811
+def test_a_chain_that_breaks_at_submission_leaves_nothing(cluster: Bench, devcluster: dc.Cluster) -> None:
     cluster.behave("base", "wait")
     before = cluster.files()
     done = cluster("pipeline", "pipeline=dpo", "grpo.slurm.constraint=nosuch")
@@ -398,7 +398,7 @@ def test_a_submission_that_times_out_is_found_by_its_comment(cluster: Bench, tmp
 
 @pytest.mark.slurm
 def test_executor_is_submitits(
-    devcluster: dc.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    devcluster: dc.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     import submitit
 

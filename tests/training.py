@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -55,6 +57,8 @@ TINY = [
     "grpo.num_generations=4",
     "grpo.max_completion_length=8",
     "grpo.lr=1e-3",
+    "ppo.reward.random=1",  # the tiny model is never right, and without a reward nothing is learnt
+    "grpo.reward.random=1",
     "eval.max_new_tokens=8",
     "eval.num_problems=8",
 ]
@@ -98,6 +102,17 @@ def make_run(root: Path, stage: str, *overrides: str, name: str = "", **inputs: 
     return run
 
 
+def hold(run: RunDirectory) -> RunDirectory:
+    """Make the run's next attempt wait at the end of each step until `Attempt.stop_at` lets it go on.
+
+    The file that rank 0 reads there becomes a pipe, and reading a pipe waits for a writer. Tests then decide
+    between which steps a request comes, however slow or fast the machine is.
+    """
+    run.stop_request.unlink()
+    os.mkfifo(run.stop_request)
+    return run
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -108,7 +123,7 @@ class Attempt:
     """One attempt of a run: `world_size` training processes, their output in the run's slurm/ folder."""
 
     def __init__(self, run: RunDirectory, attempt: int = 1, world_size: int = 1, **env: str) -> None:
-        self.run, self.number = run, attempt
+        self.run, self.number, self.first_step = run, attempt, 1
         ledger.append(run.ledger, "attempt_started", attempt=attempt, job_id="1", node="here")
         base = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
         base |= {
@@ -169,6 +184,36 @@ class Attempt:
     def wait_for_step(self, step: int) -> None:
         """Return once the metrics show that the step was taken, or fail when the processes end before."""
         self.wait_until(lambda: any(line["step"] >= step for line in metrics(self.run)), f"step {step}")
+
+    def stop_at(self, step: int, ask: Callable[[], object]) -> None:
+        """Let steps pass, and `ask` while rank 0 is held at the end of `step`: the run was made with `hold`."""
+        for passed in range(self.first_step, step + 1):
+            writer = self._at_gate()
+            if passed == step:
+                regular = self.run.slurm / "no_stop"
+                regular.write_text("0\n")
+                regular.replace(self.run.stop_request)
+                ask()
+            with contextlib.suppress(BrokenPipeError):  # `ask` killed it
+                os.write(writer, b"0\n")
+            os.close(writer)
+            if passed < step:
+                self.wait_for_step(passed)  # logged after the look at the gate: nobody reads there any more
+
+    def _at_gate(self) -> int:
+        """The pipe's other end, once rank 0 has opened it to read."""
+        found: list[int] = []
+
+        def opened() -> bool:
+            try:
+                found.append(os.open(self.run.stop_request, os.O_WRONLY | os.O_NONBLOCK))
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+            return bool(found)
+
+        self.wait_until(opened, "a step")
+        return found[0]
 
     def wait_until(self, happened: Callable[[], bool], what: str) -> None:
         """Return once it happened; woken by the end of a process, looking again every few milliseconds."""

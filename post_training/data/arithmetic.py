@@ -47,7 +47,8 @@ class Arithmetic(Source):
         super().__init__(cfg)
         if cfg.held_out >= PAIRS:
             raise DataError(
-                f"data.held_out={cfg.held_out}: there are only {PAIRS} different sums\n  fix: data.held_out={PAIRS // 4}"
+                f"data.held_out={cfg.held_out}: there are only {PAIRS} different sums\n"
+                f"  fix: data.held_out={PAIRS // 4}"
             )
         rng = random.Random(f"held-out {cfg.seed}")
         held_out: dict[tuple[int, int], None] = {}

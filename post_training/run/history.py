@@ -27,15 +27,33 @@ class History:
     action: str | None = None  # what followed: requeue or exit
     reason: str | None = None  # why the run was cancelled or gave up
     cancelled: bool = False
-    reused: str | None = None  # run directory used in this one's place
+
+
+FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "submitted": {"job_id": str, "cluster": str, "time": (int, float)},
+    "attempt_started": {"attempt": int, "job_id": str, "time": (int, float)},
+    "checkpoint_saved": {"step": int},
+    "attempt_ended": {"outcome": str, "action": str, "reason": (str, type(None)), "time": (int, float)},
+    "cancelled": {"reason": str},
+}
+"""What an event must have to be folded; one that lacks it (damaged, of another version) is passed over."""
+
+
+def is_sound(event: Event) -> bool:
+    """Whether an event has what `summarise` takes from it."""
+    needs = FIELDS.get(event["event"], {})
+    return all(isinstance(event.get(name), kind) for name, kind in needs.items())
 
 
 def summarise(events: Iterable[Event]) -> History:
     """Fold a ledger's events into one History."""
     history = History()
     for event in events:
+        if not is_sound(event):
+            continue
         match event["event"]:
             case "submitted":
+                history.failures = 0  # whoever submits a run again wants all of its attempts
                 history.job_id, history.cluster = event["job_id"], event["cluster"]
                 history.submitted = event["time"]
                 history.cancelled, history.reason, history.outcome, history.action = False, None, None, None
@@ -45,7 +63,7 @@ def summarise(events: Iterable[Event]) -> History:
                 history.job_id = event["job_id"]
                 history.attempt_started, history.attempt_ended = event["time"], None
                 history.running, history.stopping, history.training = True, False, False
-                history.cancelled, history.reason = False, None
+                history.cancelled, history.reason, history.outcome, history.action = False, None, None, None
             case "training_started":
                 history.training = True
             case "stop_requested":
@@ -62,8 +80,6 @@ def summarise(events: Iterable[Event]) -> History:
                 if event["outcome"] == "failed":
                     history.failures += 1
             case "cancelled":
-                history.cancelled, history.reason = True, event["reason"]
+                history.cancelled, history.reason = True, event.get("reason")
                 history.running = history.stopping = history.training = False
-            case "reused":
-                history.reused = event["run_dir"]
     return history

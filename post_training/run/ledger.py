@@ -10,11 +10,12 @@ Every line has `time` (seconds since the epoch), `event` and `version`. The even
     stopped            attempt, step                   the attempt saved and left on request
     attempt_ended      attempt, code, outcome, action  outcome: finished, stopped, failed, done_before
     cancelled          reason                          by the user, or because an upstream stage failed
-    reused             run_dir                         nothing was run: an identical finished run is used
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import time
@@ -26,11 +27,17 @@ Event = dict[str, Any]
 
 
 def append(ledger: Path, event: str, **fields: Any) -> Event:
-    """Add one event and make it durable. Lines are short, so one O_APPEND write never mixes with another's."""
+    """Add one event and make it durable.
+
+    One O_APPEND write does not mix with another's; the lock keeps us from taking another's write in progress for
+    a torn line. A file system without locks can thus make an empty line, which `parse` passes over.
+    """
     entry: Event = {"time": round(time.time(), 3), "event": event, **fields, "version": VERSION}
     line = json.dumps(entry, separators=(",", ":")) + "\n"
     descriptor = os.open(ledger, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":
             line = "\n" + line  # the last writer died in the middle of a line: leave its piece alone
@@ -47,7 +54,7 @@ def parse(text: str) -> list[Event]:
     for line in text.splitlines():
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(entry, dict) and isinstance(entry.get("event"), str) and "time" in entry:
             events.append(entry)

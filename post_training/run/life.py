@@ -26,6 +26,8 @@ REQUEUE = 75
 """Exit code of a local job script that wants to be started again (EX_TEMPFAIL of sysexits.h)."""
 DONE = 3
 """Exit code of `begin` where the run is finished already: there is nothing to do."""
+ASKED = 143
+"""Exit code of a job script whose attempt was asked to stop for good: 128 + SIGTERM."""
 DEADLINE = 124
 """The code given to `end` when a stop request was not answered in time (the code of timeout(1))."""
 
@@ -56,7 +58,7 @@ def decide(code: int, signal: str | None, whole: bool, failures: int, max_failur
         return Ending("stopped", "requeue", 0, f"left without saving (status {code})" if late else None)
     if signal is not None or code == STOPPED:
         # preempted jobs are requeued by SLURM itself; cancelled ones are to end
-        return Ending("stopped", "exit", 143, "stopped on request")
+        return Ending("stopped", "exit", ASKED, "stopped on request")
     reason = f"exit status {code}" if code else "ended without a complete output"
     if failures + 1 < max_failures:
         return Ending("failed", "requeue", 0, reason)

@@ -46,12 +46,16 @@ def problem(folder: Path, hashes: bool = False) -> str | None:
     manifest = read(folder)
     if manifest is None:
         return f"no {NAME}"
-    for name, expected in manifest["files"].items():
+    try:
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except (AttributeError, KeyError, TypeError):
+        return f"{NAME} is damaged"
+    for name, (size, sha256) in files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}"
-        if hashes and _sha256(path) != expected["sha256"]:
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, not {size}"
+        if hashes and _sha256(path) != sha256:
             return f"{name} is damaged"
     return None

@@ -12,6 +12,7 @@ from conf.check import accumulation_steps
 from conf.schema import Config
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from post_training.run.directory import RunDirectory
@@ -92,12 +93,16 @@ def trainer_arguments(stage: Stage, lr: float) -> dict[str, Any]:
     cfg, training = stage.cfg, stage.cfg.training
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(stage.run.logs)
     on_cpu = not torch.cuda.is_available()
+    if on_cpu:  # else each rank would be on a device "cpu:<rank>", which torch.load refuses on resume
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     half = training_precision(cfg)
     length: dict[str, Any] = {}
     if training.max_steps is not None:
         length["max_steps"] = training.max_steps
     elif training.num_training_samples is not None:
-        length["max_steps"] = -(-training.num_training_samples // training.effective_batch_size)
+        # grpo asks each prompt several times: its batch counts completions, its length prompts
+        samples_per_step = training.effective_batch_size // (cfg.grpo.num_generations if cfg.stage == "grpo" else 1)
+        length["max_steps"] = -(-training.num_training_samples // samples_per_step)
     elif training.num_train_epochs is not None:
         length["num_train_epochs"] = training.num_train_epochs
     return {
@@ -135,6 +140,17 @@ def trainer_arguments(stage: Stage, lr: float) -> dict[str, Any]:
 def training_precision(cfg: Config) -> str:
     """Autocast type of the forward pass; weights are held in the same type (`model.dtype`)."""
     return cfg.model.dtype
+
+
+def token_counts(rows: Dataset) -> list[int]:
+    """Tokens of each prepared row; for a pair, of both texts, each with its prompt."""
+    names = set(rows.column_names)
+    if "input_ids" in names:
+        return [len(ids) for ids in rows["input_ids"]]
+    both = [len(c) + len(r) for c, r in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)]
+    if "prompt_ids" not in names:  # rm: chosen and rejected hold the prompt
+        return both
+    return [n + 2 * len(p) for n, p in zip(both, rows["prompt_ids"], strict=True)]
 
 
 def steps_for_tokens(cfg: Config, lengths: list[int]) -> int:

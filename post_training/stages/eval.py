@@ -73,6 +73,8 @@ def judge_reward_model(stage: Stage) -> tuple[dict[str, Any], list[dict[str, Any
     cfg, tokenizer = stage.cfg, stage.tokenizer
     assert stage.model_path is not None
     model = load_reward_model(cfg, stage.model_path, tokenizer).eval()
+    if torch.cuda.is_available():
+        model = model.cuda()  # type: ignore[assignment]
     pairs = data.load(cfg.data).preferences("held_out")
     pairs = pairs.select(range(min(len(pairs), cfg.eval.num_problems)))
     scores: dict[str, list[float]] = {}

@@ -79,6 +79,9 @@ case $action in
   requeue)
     exit 75 # the supervisor starts this script again
     ;;
+  "exit 143")
+    exit 143
+    ;;
   "exit "*) exit "${action#exit }" ;;
 esac
 exit 1

@@ -82,6 +82,12 @@ case $action in
     scontrol requeue "$SLURM_JOB_ID" || exit 1
     exec sleep 600
     ;;
+  "exit 143")
+    # preempted or cancelled: SLURM ends this script. A job that left by itself within its preemption grace would
+    # not be requeued by SLURM (seen with 22.05), so it stays until then.
+    trap '' TERM
+    exec sleep 600
+    ;;
   "exit "*) exit "${action#exit }" ;;
 esac
 exit 1
