@@ -118,7 +118,9 @@ def test_a_seed_gives_its_rows(form: str) -> None:
     rows = {seed: list(getattr(Arithmetic(small(seed=seed)), form)("train")) for seed in (0, 1)}
     assert rows[0] == list(getattr(Arithmetic(small(seed=0)), form)("train"))
     assert rows[0] != rows[1]
-    held_out = [list(getattr(Arithmetic(small(seed=seed)), form)("held_out")) for seed in (0, 1)]
+    held_out = [
+        {pair_of(asked(form, r)) for r in getattr(Arithmetic(small(seed=seed)), form)("held_out")} for seed in (0, 1)
+    ]
     assert held_out[0] != held_out[1]
 
 
@@ -354,6 +356,7 @@ def both(source: HhRlhf, form: str) -> list[Any]:
         (transcript("hi", "x", "why", "z"), transcript("hi", "y")),  # one goes on longer
         (transcript("hi", "x"), transcript("hi", "x")),  # one answer
         (transcript("hi", ""), transcript("hi", "y")),  # an empty one
+        (transcript("hi", "x"), transcript("hi", "")),
         (transcript("hi"), transcript("hi")),  # none
         ("\n\nHuman: hi\n\nHuman: ho\n\nAssistant: x", "\n\nHuman: hi\n\nHuman: ho\n\nAssistant: y"),
         ("no turns", "at all"),

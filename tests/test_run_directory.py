@@ -129,6 +129,11 @@ def test_parse_finds_events_among_junk(before: list[str], after: list[str]) -> N
     summarise(found)
 
 
+@pytest.mark.parametrize("line", ['{"event": "x"}', '{"time": 1}', '{"time": 1, "event": 2}', '["event", "time"]', "1"])
+def test_parse_takes_whole_events_only(line: str) -> None:
+    assert ledger.parse(f'{line}\n{{"time": 1, "event": "x"}}\n{line}') == [{"time": 1, "event": "x"}]
+
+
 def test_parse_outlives_absurd_lines() -> None:
     event = {"time": 1.5, "event": "x"}
     lines = ["[" * 200_000, "9" * 10_000, '{"event": "e", "time": ' + "[" * 200_000, json.dumps(event)]
@@ -190,6 +195,8 @@ def test_manifest_finds_what_is_wrong(tmp_path: Path) -> None:
     weights.write_text("weighty")  # as long as before
     assert manifest.problem(folder) is None
     assert manifest.problem(folder, hashes=True) == "model.safetensors is damaged"
+    weights.write_text("more than before")
+    assert manifest.problem(folder) == "model.safetensors has 16 bytes, not 7"
     weights.write_text("short")
     assert manifest.problem(folder) == "model.safetensors has 5 bytes, not 7"
     weights.unlink()
@@ -223,9 +230,9 @@ def test_a_stop_request_stops_its_attempt_alone(run: RunDirectory) -> None:
     run.request_stop(1)
     assert run.stop_requested(1)
     assert not run.stop_requested(2) and not run.stop_requested(11)
-    run.request_stop(12)
+    run.request_stop(123)
     run.request_stop(2)  # shorter than what it replaces
-    assert run.stop_requested(2) and not run.stop_requested(12)
+    assert run.stop_requested(2) and not run.stop_requested(123)
 
 
 def test_a_stop_request_is_written_in_place(run: RunDirectory) -> None:

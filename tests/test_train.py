@@ -402,6 +402,16 @@ def test_tokens_are_a_length_of_other_stages_too(tmp_path: Path, start: Path, st
     assert about is not None and about["step"] == 4
 
 
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("stage", "steps"), [("ppo", 2), ("grpo", 5), ("dpo", 2)])
+def test_samples_are_prompts(tmp_path: Path, start: Path, stage: str, steps: int) -> None:
+    """grpo answers each of its prompts 4 times, so that its batch of 8 holds 2 of them."""
+    from post_training.stages.common import trainer_arguments
+
+    run = make_run(tmp_path, stage, "training.max_steps=null", "training.num_training_samples=9", model=start)
+    assert trainer_arguments(train.open_stage(run), 1e-3)["max_steps"] == steps
+
+
 def test_tokens_to_steps() -> None:
     from post_training.stages.common import steps_for_tokens
 
