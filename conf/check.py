@@ -32,6 +32,9 @@ AT_LEAST: dict[str, float] = {
     "logging.steps": 1,
     "data.held_out": 1,
     "data.max_samples": 1,
+    "eval.num_problems": 1,
+    "eval.batch_size": 1,
+    "eval.max_new_tokens": 1,
     "parallel.timeout_minutes": 1,
 }
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*")

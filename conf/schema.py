@@ -49,7 +49,7 @@ class Model:
 @dataclass
 class Data:
     name: str = key("arithmetic", "what the records are: arithmetic (generated), gsm8k or hh_rlhf")
-    path: str | None = key(None, "file, folder (JSON, JSONL, .gz, CSV, Parquet) or hub id with the training records")
+    path: str | None = key(None, "records: file, folder (JSON, JSONL, .gz, CSV, Parquet) or hub id; null: its own hub")
     eval_path: str | None = key(None, "the same for held-out records; null: held_out records are kept from path")
     held_out: int = key(1024, "records or problems never trained on, used by evaluation")
     max_samples: int | None = key(None, "at most so many training records, after shuffling; null: all")

@@ -54,10 +54,11 @@ def check_paths(cfg: Config) -> None:
         raise ConfigError(
             "model.chat_template", template, "no such file", "think_answer, null, or a path to a Jinja file"
         )
-    if cfg.data.name != "arithmetic" and cfg.data.path is None:
+    if cfg.data.name != "arithmetic" and cfg.data.path is None and cfg.offline:
         raise ConfigError(
-            "data.path", None, f"data.name={cfg.data.name} needs records", "data.path=<file, folder or hub id>"
-        )
+            "data.path", None, f"{cfg.data.name} would come from its hub, and offline=true asks none",
+            "data.path=<a local file or folder>, or offline=false",
+        )  # fmt: skip
 
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")

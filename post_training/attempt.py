@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -58,9 +59,12 @@ class AttemptCallback(TrainerCallback):
         if every and state.global_step % every == 0:
             assert self.trainer is not None
             folder = self.run.inference_checkpoints / f"step-{state.global_step}"
-            save_for_inference(self.trainer, folder)
+            partial = folder.with_name(f"{folder.name}.partial")
+            save_for_inference(self.trainer, partial)
             if state.is_world_process_zero:
-                manifest.write(folder, step=state.global_step)
+                manifest.write(partial, step=state.global_step)
+                shutil.rmtree(folder, ignore_errors=True)  # of an attempt that got here before
+                partial.rename(folder)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any

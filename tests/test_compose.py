@@ -155,11 +155,15 @@ def test_configs_of_one_command_do_not_mix() -> None:
     assert dataclasses.asdict(second) == dataclasses.asdict(Composer().config(["cluster=local"]))
 
 
-def test_every_stage_of_every_pipeline_composes_and_is_valid() -> None:
+def test_every_stage_of_every_pipeline_composes_and_is_valid(tmp_path: Path) -> None:
+    for name in ("gsm8k/train.jsonl", "gsm8k/test.jsonl", "hh_rlhf/harmless-base-test.jsonl.gz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
     for pipeline in groups()["pipeline"]:
-        # the quickstart's batches are for few ranks
-        for cluster in ("local", "dev") if pipeline == "quickstart" else ("local", "dev", "h100"):
-            selection = select([f"pipeline={pipeline}", f"cluster={cluster}"], only_one=False)
+        # batches of these two are for few ranks
+        for cluster in ("local", "dev") if pipeline in ("quickstart", "records") else ("local", "dev", "h100"):
+            tokens = [f"pipeline={pipeline}", f"cluster={cluster}", f"paths.data={tmp_path}"]
+            selection = select(tokens, only_one=False)
             assert set(selection.configs) == set(selection.stages)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from post_training import data
+from post_training.data.source import DataError
 from post_training.stages.common import Stage, load_causal_lm, trainer_arguments
 
 if TYPE_CHECKING:
@@ -14,14 +15,14 @@ if TYPE_CHECKING:
 def build_trainer(stage: Stage) -> Trainer:
     """TRL's SFTTrainer with masks from the chat template's `{% generation %}` marks.
 
-    Raises ValueError for a template without marks: it would train on the user's words as well.
+    Raises DataError for a template without marks: it would train on the user's words as well.
     """
     from trl import SFTConfig, SFTTrainer
 
     cfg = stage.cfg
     assert stage.model_path is not None
     if "{% generation %}" not in (stage.tokenizer.chat_template or ""):
-        raise ValueError(
+        raise DataError(
             "model.chat_template: has no {% generation %} marks, so assistant tokens cannot be told from the user's\n"
             "  fix: model.chat_template=think_answer, or a Jinja file with marks"
         )
