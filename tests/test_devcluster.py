@@ -372,23 +372,23 @@ def test_the_environment_of_clients(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_missing_is_said_with_the_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     real = dc._find
     monkeypatch.setattr(dc, "_find", lambda program: None if program == "slurmd" else "/bin/true")
-    assert dc.main(["up", "--dir", str(tmp_path / "c")]) == 2
+    assert dc.main(["up", "--dir", str(folder / "c")]) == 2
     text = capsys.readouterr().err
     assert text == f"devcluster: not installed: slurmd. Try: {dc.APT}\n"
     monkeypatch.setattr(dc, "_find", lambda program: None if program == "mariadbd" else "/bin/true")
-    assert dc.main(["up", "--accounting", "--dir", str(tmp_path / "c")]) == 2
+    assert dc.main(["up", "--accounting", "--dir", str(folder / "c")]) == 2
     assert dc.APT_ACCOUNTING in capsys.readouterr().err
     monkeypatch.setattr(dc, "_find", lambda program: real("true"))
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     for command in ("up", "down"):
-        assert dc.main([command, "--dir", str(tmp_path / "c")]) == 2
+        assert dc.main([command, "--dir", str(folder / "c")]) == 2
         text = capsys.readouterr().err
         assert "needs root" in text and text.count("\n") == 1
-    assert not (tmp_path / "c").exists()
+    assert not (folder / "c").exists()
 
 
 def test_only_its_own_folders_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,8 @@ def decide(code: int, signal: str | None, whole: bool, failures: int, max_failur
     whole: the run's output has its manifest.
     failures: failed attempts since the last progress, before this one.
     """
-    if code == 0 and whole:
+    if whole:
+        # the manifest is written last: what breaks after it (a thread at interpreter exit, say) costs nothing
         return Ending("finished", "exit", 0)
     if signal == "USR1":
         # planned: never a failure, whether the processes answered or the deadline came first
