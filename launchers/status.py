@@ -577,10 +577,10 @@ def parse_arguments(argv: list[str]) -> Arguments:
     parser.add_argument("--watch", metavar="SECONDS", nargs="?", const=WATCH_SECONDS, type=float,
                         help=f"look again every so many seconds (default {WATCH_SECONDS:g}); q leaves")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="the same as JSON")
-    after_watch = [*argv[1:], ""]
+    following = [*argv[1:], ""][: len(argv)]
     # a setting behind a bare --watch is no number of seconds
     argv = [
-        f"--watch={WATCH_SECONDS}" if a == "--watch" and "=" in b else a for a, b in zip(argv, after_watch, strict=True)
+        f"--watch={WATCH_SECONDS}" if a == "--watch" and "=" in b else a for a, b in zip(argv, following, strict=True)
     ]
     given = parser.parse_intermixed_args(argv)
     if given.watch is not None and not given.watch >= 0.1:

@@ -413,9 +413,7 @@ SCALARS = (
 )
 NAMES = st.sampled_from(["event", "time", "step", "max_steps", "loss", "reward", "attempt", "job_id", "cluster",
                          "outcome", "action", "reason", "run_dir", "stage", "inputs", "slurm", "score"])  # fmt: skip
-EVENTS = st.sampled_from(
-    ["submitted", "attempt_started", "checkpoint_saved", "attempt_ended", "cancelled", "x"]
-)
+EVENTS = st.sampled_from(["submitted", "attempt_started", "checkpoint_saved", "attempt_ended", "cancelled", "x"])
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(NAMES, inner, max_size=2))
 EVENT_LIKE = st.builds(
     lambda event, rest: {"time": 1.0, **rest, "event": event}, EVENTS, st.dictionaries(NAMES, VALUES, max_size=6)
@@ -475,3 +473,15 @@ def test_metrics_are_read_from_the_tail_alone(tmp_path: Path) -> None:
     metrics = table.read_metrics(path)
     assert (metrics.step, metrics.max_steps, metrics.loss, metrics.reward) == (10000, 20000, 3.0, None)
     assert (metrics.seconds_per_step, metrics.eta_seconds) == (2.0, 20000.0)
+
+
+def test_no_argument_means_every_pipeline_in_outputs() -> None:
+    arguments = status.parse_arguments([])
+    assert (arguments.output_base, arguments.names, arguments.watch, arguments.as_json) == (
+        Path("outputs"),
+        [],
+        None,
+        False,
+    )
+    assert status.parse_arguments(["--watch", "run_name=a"]).watch == status.WATCH_SECONDS
+    assert status.parse_arguments(["--watch", "2"]).watch == 2
