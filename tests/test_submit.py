@@ -164,7 +164,7 @@ def test_a_local_pipeline_runs_once_and_is_reused(bench: Bench) -> None:
     assert described["stages"]["ppo"] == {
         "run_dir": str(bench.run("rlhf", "ppo").root),
         "stage": "ppo",
-        "after": ["sft"],
+        "after": ["sft", "rm"],
     }
     sft = bench.run("rlhf", "sft")
     config = sft.read_config()
