@@ -172,7 +172,7 @@ def test_a_local_pipeline_runs_once_and_is_reused(bench: Bench) -> None:
     assert config["inputs"]["model"]["identity"] == bench.run("rlhf", "base").read_config()["identity"]
     assert "sft" in config and "dpo" not in config and "pipeline" in config and config["name"] == "sft"
     assert (sft.code / "post_training/run/life.py").exists() and (sft.code / "conf/config.yaml").exists()
-    assert not list(sft.code.rglob("__pycache__"))[:0] and (bench.base / "rlhf/.submit.lock").exists()
+    assert (bench.base / "rlhf/.submit.lock").exists()
 
     before = {p: p.stat().st_mtime_ns for p in bench.base.rglob("*") if p.is_file() and p.name != "pipeline.json"}
     again = bench("pipeline", "pipeline=rlhf")
@@ -187,7 +187,9 @@ def test_a_local_pipeline_runs_once_and_is_reused(bench: Bench) -> None:
     assert bench("pipeline", "pipeline=rlhf", "slurm.max_failures=1", "logging.steps=1").returncode == 0
     new = bench("pipeline", "pipeline=rlhf", "run_name=rlhf-2", "rm.rm.lr=0.5")
     assert new.returncode == 0, new.stdout + new.stderr
-    assert sorted(p.name for p in (bench.base / "rlhf-2").iterdir() if p.is_dir()) == ["eval_rm", "rm"]
+    assert sorted(p.name for p in (bench.base / "rlhf-2").iterdir() if p.is_dir()) == [
+        "eval_ppo", "eval_rm", "ppo", "rm",
+    ]  # fmt: skip
     config = bench.run("rlhf-2", "rm").read_config()
     assert config["inputs"]["model"]["path"] == str(sft.model)
     one = bench("submit", "pipeline=rlhf", "stage=eval_sft", "run_name=rlhf-3", "eval.num_problems=9")
