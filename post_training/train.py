@@ -13,49 +13,22 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from omegaconf import OmegaConf
-
-from conf.schema import Config
 from post_training.distributed import set_rank_environment
-from post_training.run import ledger, life, manifest
-from post_training.run.directory import RunDirectory, fsync_directory
+from post_training.run import ledger, life
+from post_training.run.directory import RunDirectory
 from post_training.run.history import summarise
 
 if TYPE_CHECKING:
     from transformers import Trainer
-
-    from post_training.stages.common import Stage
-
-NOT_IN_SCHEMA = ("version", "name", "identity", "inputs", "pipeline")
-"""Keys of a frozen config that say what the run is, beside the Config that it was made from."""
-
-
-def load_config(frozen: dict[str, Any]) -> Config:
-    """The typed config of a frozen one. Raises OmegaConf's errors where it does not fit the schema."""
-    values = {k: v for k, v in frozen.items() if k not in NOT_IN_SCHEMA}
-    cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
-    assert isinstance(cfg, Config)
-    return cfg
-
-
-def open_stage(run: RunDirectory) -> Stage:
-    """Config, tokenizer and model paths of a run."""
-    from post_training.data.tokenizer import load_tokenizer
-    from post_training.stages.common import Stage
-
-    frozen = run.read_config()
-    cfg = load_config(frozen)
-    paths = {name: (source or {}).get("path") for name, source in frozen["inputs"].items()}
-    tokenizer = load_tokenizer(cfg.model, paths["model"])
-    return Stage(cfg, run, tokenizer, paths["model"], paths["reference"], paths["reward_model"])
 
 
 def train(run: RunDirectory, attempt: int) -> int:
     """Train until done or asked to stop; returns the exit code."""
     from post_training import resume
     from post_training.attempt import AttemptCallback, StopFlag, save_for_inference
+    from post_training.stages.common import finish, open_stage, steps_for_tokens, token_counts
 
     stop_flag = StopFlag()
     stage = open_stage(run)
@@ -64,8 +37,6 @@ def train(run: RunDirectory, attempt: int) -> int:
     follower.trainer = trainer
     trainer.add_callback(follower)
     if stage.cfg.training.num_training_tokens is not None:
-        from post_training.stages.common import steps_for_tokens, token_counts
-
         trainer.args.max_steps = steps_for_tokens(stage.cfg, token_counts(trainer.train_dataset))
 
     checkpoint, broken = resume.newest_complete(run)
@@ -90,14 +61,6 @@ def train(run: RunDirectory, attempt: int) -> int:
         finish(run, partial, step=step)
     trainer.accelerator.wait_for_everyone()
     return 0
-
-
-def finish(run: RunDirectory, partial: Path, **about: Any) -> None:
-    """Turn a fully written folder into the run's output: manifest, then one rename."""
-    frozen = run.read_config()
-    manifest.write(partial, stage=frozen["stage"], identity=frozen["identity"], **about)
-    partial.rename(run.model)
-    fsync_directory(run.root)
 
 
 def main() -> int:

@@ -23,6 +23,7 @@ from post_training.run import ledger, manifest
 from post_training.run.directory import RunDirectory
 from post_training.run.history import summarise
 from post_training.run.life import STOPPED
+from post_training.stages import common
 from tests.training import Attempt, events, hold, make_config, make_run, metrics, weights
 
 STEPS = 8
@@ -313,7 +314,7 @@ def batches(run: RunDirectory, stage: str) -> list[dict[str, torch.Tensor]]:
     """What the stage's trainer hands to the model."""
     import importlib
 
-    trainer = importlib.import_module(f"post_training.stages.{stage}").build_trainer(train.open_stage(run))
+    trainer = importlib.import_module(f"post_training.stages.{stage}").build_trainer(common.open_stage(run))
     return list(trainer.get_train_dataloader())
 
 
@@ -347,13 +348,13 @@ def test_base_learns_every_token_and_the_end(tmp_path: Path, start: Path) -> Non
             assert labels == kept + [-100] * (len(ids) - len(kept))
             assert kept[-1] == tokenizer.eos_token_id
             texts.append(tokenizer.decode(kept[:-1]))
-    documents = Arithmetic(train.load_config(run.read_config()).data).documents("train")["text"]
+    documents = Arithmetic(common.load_config(run.read_config()).data).documents("train")["text"]
     assert sorted(texts) == sorted(documents)
 
 
 def tokens_of_documents(run: RunDirectory) -> int:
     """Bytes and an end for each document."""
-    return sum(len(t) + 1 for t in Arithmetic(train.load_config(run.read_config()).data).documents("train")["text"])
+    return sum(len(t) + 1 for t in Arithmetic(common.load_config(run.read_config()).data).documents("train")["text"])
 
 
 @pytest.mark.usefixtures("here")
@@ -383,7 +384,7 @@ def test_each_length_gives_its_steps(tmp_path: Path, length: str, steps: int) ->
 def test_tokens_are_a_length_of_other_stages_too(tmp_path: Path, start: Path, stage: str) -> None:
     """Prompt and answer, for pairs both answers with it, are what a sample's tokens are."""
     run = make_run(tmp_path, stage, name="count")
-    source = Arithmetic(train.load_config(run.read_config()).data)
+    source = Arithmetic(common.load_config(run.read_config()).data)
 
     def size(*texts: str) -> int:  # two role tokens and an end; the four tags are one token each
         text = "".join(texts)
@@ -409,7 +410,7 @@ def test_samples_are_prompts(tmp_path: Path, start: Path, stage: str, steps: int
     from post_training.stages.common import trainer_arguments
 
     run = make_run(tmp_path, stage, "training.max_steps=null", "training.num_training_samples=9", model=start)
-    assert trainer_arguments(train.open_stage(run), 1e-3)["max_steps"] == steps
+    assert trainer_arguments(common.open_stage(run), 1e-3)["max_steps"] == steps
 
 
 def test_tokens_to_steps() -> None:
@@ -492,7 +493,7 @@ def test_metrics_past_the_resumed_step_are_dropped(tmp_path: Path) -> None:
     run.create()
     lines = ['{"step": 1, "loss": 3}', '{"step": 2}', '{"step": 3}', "[4]", '{"loss": 1}', '{"step": 5, "lo']
     run.metrics.write_text("\n".join(lines))
-    config = train.load_config(make_config("sft", *SCHEDULE))
+    config = common.load_config(make_config("sft", *SCHEDULE))
     AttemptCallback(run, 1, config.checkpointing, stop_flag=None)._cut_metrics(2)  # type: ignore[arg-type]
     assert run.metrics.read_text() == "".join(f"{line}\n" for line in lines[:2])
 

@@ -1,26 +1,29 @@
-"""What the training stages share: the start model, the trainer's arguments."""
+"""What the stages share: the config and models of a run, the trainer's arguments, the finished output."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from omegaconf import OmegaConf
 
 from conf.check import accumulation_steps
 from conf.schema import Config
+from post_training.data.tokenizer import load_tokenizer
+from post_training.run import manifest
+from post_training.run.directory import RunDirectory, fsync_directory
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from post_training.run.directory import RunDirectory
-
 
 @dataclass
 class Stage:
-    """One stage to train: its config, its run directory and where its models come from."""
+    """One stage to run: its config, its run directory and where its models come from."""
 
     cfg: Config
     run: RunDirectory
@@ -28,6 +31,35 @@ class Stage:
     model_path: str | None  # start model; None: from scratch
     reference_path: str | None  # frozen reference; None: the start model
     reward_model_path: str | None
+
+
+NOT_IN_SCHEMA = ("version", "name", "identity", "inputs", "pipeline")
+"""Keys of a frozen config that say what the run is, beside the Config that it was made from."""
+
+
+def load_config(frozen: dict[str, Any]) -> Config:
+    """The typed config of a frozen one. Raises OmegaConf's errors where it does not fit the schema."""
+    values = {k: v for k, v in frozen.items() if k not in NOT_IN_SCHEMA}
+    cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
+    assert isinstance(cfg, Config)
+    return cfg
+
+
+def open_stage(run: RunDirectory) -> Stage:
+    """Config, tokenizer and model paths of a run."""
+    frozen = run.read_config()
+    cfg = load_config(frozen)
+    paths = {name: (source or {}).get("path") for name, source in frozen["inputs"].items()}
+    tokenizer = load_tokenizer(cfg.model, paths["model"])
+    return Stage(cfg, run, tokenizer, paths["model"], paths["reference"], paths["reward_model"])
+
+
+def finish(run: RunDirectory, partial: Path, **about: Any) -> None:
+    """Turn a fully written folder into the run's output: manifest, then one rename."""
+    frozen = run.read_config()
+    manifest.write(partial, stage=frozen["stage"], identity=frozen["identity"], **about)
+    partial.rename(run.model)
+    fsync_directory(run.root)
 
 
 def dtype(cfg: Config) -> torch.dtype:

@@ -23,7 +23,7 @@ from post_training.data.source import DataError
 from post_training.rewards.verify import has_format, is_correct
 from post_training.run import ledger
 from post_training.run.directory import RunDirectory, write_atomic
-from post_training.stages.common import Stage, load_causal_lm, load_reward_model
+from post_training.stages.common import Stage, finish, load_causal_lm, load_reward_model, open_stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,8 +51,6 @@ def repetition(ids: Sequence[int], n: int = 4) -> float:
 
 def evaluate(run: RunDirectory, attempt: int) -> int:
     """Judge the run's input model and write its output: results.json and samples.jsonl."""
-    from post_training.train import finish, open_stage
-
     stage = open_stage(run)
     assert stage.model_path is not None
     ledger.append(run.ledger, "training_started", attempt=attempt, step=0)
