@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("torch", "transformers", "trl", "datasets", "accelerate", "deepspeed")
 MODULES = [
-    "launchers.submit", "launchers.pipeline", "launchers.status", "launchers.compare", "launchers.devcluster", "launchers.local",
-    "launchers.executor", "launchers.render", "conf.schema", "conf.check", "post_training.run.life",
+    "launchers.submit", "launchers.pipeline", "launchers.status", "launchers.compare", "launchers.devcluster",
+    "launchers.local", "launchers.executor", "launchers.render", "conf.schema", "conf.check", "post_training.run.life",
 ]  # fmt: skip
 
 
