@@ -8,7 +8,7 @@ Every line has `time` (seconds since the epoch), `event` and `version`. The even
     stop_requested     attempt, signal                 the script was asked to stop
     checkpoint_saved   attempt, step, seconds          a complete checkpoint, manifest included
     stopped            attempt, step                   the attempt saved and left on request
-    attempt_ended      attempt, code, outcome, action  outcome: finished, stopped, failed, done_before
+    attempt_ended      attempt, code, outcome, action  outcome: finished, stopped, failed; action: exit, requeue
     cancelled          reason                          by the user, or because an upstream stage failed
 """
 

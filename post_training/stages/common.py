@@ -127,7 +127,7 @@ def trainer_arguments(stage: Stage, lr: float) -> dict[str, Any]:
     on_cpu = not torch.cuda.is_available()
     if on_cpu:  # else each rank would be on a device "cpu:<rank>", which torch.load refuses on resume
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    half = training_precision(cfg)
+    precision = cfg.model.dtype  # autocast in the type that the weights are held in
     length: dict[str, Any] = {}
     if training.max_steps is not None:
         length["max_steps"] = training.max_steps
@@ -149,8 +149,8 @@ def trainer_arguments(stage: Stage, lr: float) -> dict[str, Any]:
         "adam_beta2": training.adam_beta2,
         "max_grad_norm": training.max_grad_norm,
         "gradient_checkpointing": training.gradient_checkpointing,
-        "bf16": half == "bfloat16",
-        "fp16": half == "float16",
+        "bf16": precision == "bfloat16",
+        "fp16": precision == "float16",
         "seed": cfg.seed,
         "logging_steps": cfg.logging.steps,
         "logging_first_step": True,
@@ -167,11 +167,6 @@ def trainer_arguments(stage: Stage, lr: float) -> dict[str, Any]:
         "ddp_timeout": cfg.parallel.timeout_minutes * 60,
         "dataloader_pin_memory": not on_cpu,
     }
-
-
-def training_precision(cfg: Config) -> str:
-    """Autocast type of the forward pass; weights are held in the same type (`model.dtype`)."""
-    return cfg.model.dtype
 
 
 def token_counts(rows: Dataset) -> list[int]:
