@@ -199,7 +199,11 @@ def test_the_killed_job_script_is_requeued_by_its_guard(runs: Any) -> None:
     first = runs("deaf finish").submit()
     second = runs("finish", "dpo").submit(first.job_id)
     first.rank(1)
-    wait_for("the guard", lambda: "guard" in str([_argv(p) for p in psutil.process_iter()]))
+    mine = str(first.run.root)
+    wait_for("the guard", lambda: any(
+        mine in argv and "life guard" in str(argv) and "srun" not in argv[0]
+        for argv in map(_argv, psutil.process_iter())
+    ))  # fmt: skip
     os.kill(first.shell(), signal.SIGKILL)
     end = first.ends()[0]
     assert (end["outcome"], end["action"]) == ("crashed", "requeue")
@@ -307,7 +311,7 @@ def test_a_node_that_fails_its_health_check_is_left(runs: Any) -> None:
     run.finish()
     (end, *_), starts = run.ends(2), [e for e in ledger.read(run.run.ledger) if e["event"] == "attempt_started"]
     assert (end["outcome"], end["lost_nodes"]) == ("node_lost", ["n1", "n1"])
-    assert [e["node"] for e in starts][0] == "n1" and starts[1]["node"] != "n1"
+    assert starts[0]["node"] == "n1" != starts[1]["node"]
     assert run.history().failures == 0
 
 

@@ -226,7 +226,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        """One process at a time: flock, which Linux carries over NFS; where a file system has no locks, a moment of luck remains."""
+        """One process at a time: flock, which Linux carries over NFS; without locks there, a moment of luck remains."""
         descriptor = os.open(self.slurm / ".write.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             with contextlib.suppress(OSError):
