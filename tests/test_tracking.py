@@ -105,8 +105,14 @@ def is_one_run(run: RunDirectory) -> None:
 
 def test_killed_stopped_and_resumed_it_is_one_run(tmp_path: Path) -> None:
     run = hold(make_run(tmp_path / "pipe", "base", *SCHEDULE))
-    first = Attempt(run, 1, **OFFLINE)
-    first.stop_at(6, first.kill)  # steps 1 to 5 are logged, 4 is saved
+    first = Attempt(run, 1, WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL="0.1", **OFFLINE)
+
+    def kill() -> None:
+        """With W&B's rows in part on the disk: the first four, since the fifth waits for a sixth."""
+        first.wait_until(lambda: len(wandb_rows(run)) == 4, "rows in W&B's file")
+        first.kill()
+
+    first.stop_at(6, kill)  # steps 1 to 5 are logged, 4 is saved
     assert first.codes() == [-signal.SIGKILL]
     assert [step for step, _ in tensorboard_rows(run)] == [1, 2, 3, 4, 5]
     hold(run)
