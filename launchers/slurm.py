@@ -28,6 +28,7 @@ LIVE = frozenset(
 TOKEN = " token="
 """Between run directory and token in a job's comment."""
 TIMEOUT_S = 15.0
+LOOK_S = 30.0
 SUBMIT_TIMEOUT_S = 120.0
 """How long sbatch may take: a busy controller answers late, and an answer that we did not wait for is looked up."""
 CHUNK = 500
@@ -213,10 +214,10 @@ def sbatch(script: str, comment: str, conf: str | None = None, timeout: float | 
     return Unknown(said) if done.returncode < 0 or _LOST.search(said) else Refused(said)
 
 
-def find_submitted(comment: str, conf: str | None = None, patience: float = 30.0) -> JobRecord | Unknown | None:
-    """Your job with exactly this comment, whatever its state. Looks again for `patience` seconds: a controller too busy
-    to answer sbatch may also take the job late, and squeue may be as silent as sbatch was."""
-    deadline = time.monotonic() + patience
+def find_submitted(comment: str, conf: str | None = None) -> JobRecord | Unknown | None:
+    """Your job with exactly this comment, whatever its state. Looks again for LOOK_S: a controller too busy to answer
+    sbatch may also take the job late, and squeue may be as silent as sbatch was."""
+    deadline = time.monotonic() + LOOK_S
     while True:
         found = jobs(conf=conf)
         if not isinstance(found, Unknown):
