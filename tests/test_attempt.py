@@ -1,4 +1,4 @@
-"""What can go wrong for one attempt of a real training: hangs, full disks, lack of memory, other world sizes, zombies."""
+"""What can go wrong for one attempt of a real training: hangs, full disks, lack of memory, zombies, other worlds."""
 
 from __future__ import annotations
 
