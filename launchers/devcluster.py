@@ -372,7 +372,7 @@ def load(dir: str | Path) -> Cluster | None:
     return Cluster(**(values | {"dir": folder, "nodes": tuple(values["nodes"])}))
 
 
-def up(dir: str | Path | None = None, accounting: bool = False, **settings: int) -> Cluster:
+def up(dir: str | Path | None = None, accounting: bool = False, **settings: Any) -> Cluster:
     """Brings a cluster up and waits until its nodes are idle. One that is up already is returned as it is.
 
     settings: numbers of a new cluster other than the defaults, named as Cluster's fields (``grace_s``, ``gpus``, ...).
@@ -428,7 +428,7 @@ def status(dir: str | Path | None = None) -> Status:
     return Status(folder, cluster.conf, running, cluster.accounting, daemons, nodes)
 
 
-def _create(folder: Path, accounting: bool, settings: Mapping[str, int]) -> Cluster:
+def _create(folder: Path, accounting: bool, settings: Mapping[str, Any]) -> Cluster:
     _kill_all(folder)  # daemons whose folder was removed under them
     cluster = dataclasses.replace(Cluster(folder, {}, accounting=accounting), **settings)
     cluster = dataclasses.replace(cluster, ports=_free_ports(cluster))
