@@ -29,6 +29,9 @@ AT_LEAST: dict[str, float] = {
     "slurm.cpus_per_gpu": 1,
     "slurm.signal_time_seconds": 1,
     "slurm.max_failures": 1,
+    "slurm.max_attempts_without_progress": 1,
+    "slurm.watchdog_minutes": 0.05,
+    "checkpointing.mttf_hours": 0.01,
     "logging.steps": 1,
     "data.held_out": 1,
     "data.max_samples": 1,
@@ -149,6 +152,13 @@ def _check_slurm(cfg: Config) -> None:
             f"a plain number is minutes, and these are {int(minutes) // 1440} days; YAML reads an unquoted 24:00:00 so",
             'quote it in the file, as in "24:00:00", or write D-HH:MM:SS',
         )
+    minutes_between = cfg.checkpointing.save_minutes
+    positive = type(minutes_between) in (int, float) and minutes_between > 0
+    if not (minutes_between in (None, "auto") or positive):
+        raise ConfigError(
+            "checkpointing.save_minutes", minutes_between, "neither minutes nor auto nor null",
+            "checkpointing.save_minutes=auto",
+        )  # fmt: skip
     for name in cfg.slurm.env:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise ConfigError("slurm.env", name, "no name of an environment variable", "letters, digits and _")

@@ -81,6 +81,8 @@ class Training:
 @dataclass
 class Checkpointing:
     save_steps: int = key(500, "optimizer steps between full checkpoints")
+    save_minutes: Any = key(None, "minutes between full checkpoints, beside save_steps; auto: by cost and risk; null")
+    mttf_hours: float = key(24.0, "save_minutes=auto: hours between failures expected before any was seen")
     save_total_limit: int = key(2, "full checkpoints kept")
     inference_checkpoint_steps: int | None = key(None, "steps between models saved for inference only; null: none")
 
@@ -97,7 +99,10 @@ class Slurm:
     mem: str | None = key(None, "memory of each node, as in 500G; null: the cluster's default")
     wall_time: str = key("24:00:00", "time limit: minutes, HH:MM:SS or D-HH:MM:SS")
     signal_time_seconds: int = key(300, "seconds before the wall time at which the job is asked to save and leave")
-    max_failures: int = key(3, "crashes without progress before a run gives up")
+    max_failures: int = key(3, "crashes, hangs and lacks of memory without progress before a run gives up")
+    max_attempts_without_progress: int = key(10, "attempts without progress, however they ended, before it gives up")
+    watchdog_minutes: float = key(30.0, "minutes without a step after which an attempt counts as hung and is ended")
+    health_check: str | None = key(None, "shell line run on each node before training; a node that fails it is avoided")
     modules: list[str] = key([], "environment modules loaded in the job")
     setup: list[str] = key([], "shell lines run in the job before Python starts (your text, taken as it is)")
     env: dict[str, str] = key({}, "environment variables of the job; secrets belong in your own environment")
@@ -118,7 +123,7 @@ class Cluster:
 class Parallel:
     strategy: str = key("ddp", "how ranks share the work: ddp")
     backend: str | None = key(None, "torch.distributed backend; null: nccl with GPUs, else gloo")
-    timeout_minutes: int = key(30, "minutes a collective may take before the attempt is ended")
+    timeout_minutes: int = key(60, "minutes a collective may take; more than slurm.watchdog_minutes, which tells why")
 
 
 @dataclass

@@ -20,7 +20,7 @@ from post_training.run.directory import RunDirectory, write_atomic
 from post_training.run.history import summarise
 
 LOCK_TIMEOUT_S = 60
-ENDED = {"finished": "COMPLETED", "failed": "FAILED", "stopped": "CANCELLED"}
+ENDED = {"finished": "COMPLETED", "stopped": "CANCELLED", "cancelled": "CANCELLED"}
 
 
 class RunPaths(JobPaths):
@@ -85,7 +85,9 @@ class RunJob(submitit.SlurmJob):  # type: ignore[misc]
         history = summarise(ledger.read(self.run.ledger))
         if history.cancelled:
             return "CANCELLED"
-        return ENDED.get(history.outcome or "", "UNKNOWN") if history.job_id == self.job_id else "UNKNOWN"
+        if history.job_id != self.job_id:
+            return "UNKNOWN"
+        return "FAILED" if history.gave_up else ENDED.get(history.outcome or "", "UNKNOWN")
 
     def get_info(self, mode: str = "force") -> dict[str, str]:
         """What squeue shows of the job, as text."""
@@ -124,7 +126,7 @@ class RunJob(submitit.SlurmJob):  # type: ignore[misc]
             + f"\n{'-' * 40}\n{_tail(self.paths.stderr)}\n{'-' * 40}\n"
             + f"full logs: {self.paths.stderr} and {self.paths.stdout}"
         )
-        failed = history.outcome == "failed" or state in ("FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL")
+        failed = history.gave_up or state in ("FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL")
         return FailedJobError(text) if failed else UncompletedJobError(text)
 
     def results(self) -> list[Any]:

@@ -419,7 +419,7 @@ class _Supervisor:
             self.close_attempt(
                 history, run, 137, "stopped", "requeue", "the job was gone: killed, or the machine restarted"
             )
-        elif came_from == "elsewhere" and history.outcome == "failed" and history.action == "exit":
+        elif came_from == "elsewhere" and history.gave_up:
             self.fail(job, history.reason or "failed")
             return
         if self.stopping_since is not None:
@@ -519,7 +519,7 @@ class _Supervisor:
         self.release(job)
         history, run = job.history(), job.spec.run
         recorded = not history.running and (history.attempt_ended or 0) > job.started_epoch - 0.001
-        gave_up = recorded and history.outcome == "failed" and history.action == "exit"
+        gave_up = recorded and history.gave_up
         if code == 0:
             self.screen.say(f"{job.name}: done in {job.seconds:.0f} s")
             self.settle(job, "done")
@@ -536,7 +536,7 @@ class _Supervisor:
             self.fail(job, history.reason or _ending_text(code, job))
         else:
             why = _ending_text(code, job)
-            self.close_attempt(history, run, code, "failed", "exit", why)
+            self.close_attempt(history, run, code, "crashed", "exit", why)
             self.fail(job, why)
 
     @staticmethod

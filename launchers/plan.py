@@ -149,7 +149,7 @@ def ended(history: History) -> bool:
     """
     if history.job_id is None or history.cancelled:
         return True
-    return history.outcome in ("finished", "failed") and history.action == "exit"
+    return history.gave_up or (history.outcome == "finished" and history.action == "exit")
 
 
 def look(roots: Iterable[Path], ask: bool = True) -> dict[Path, Found]:

@@ -73,6 +73,8 @@ def sbatch_options(cfg: Config, run: RunDirectory, dependency: list[str]) -> dic
 def job_script(cfg: Config, run: RunDirectory, python: str, dependency: list[str] | None = None) -> str:
     """The job script of a run, for SLURM or for the local supervisor as `cfg.cluster.scheduler` says."""
     template = f"{cfg.cluster.scheduler}.sh.j2"
+    # later than the ranks' own watchdogs, which can say what they were doing
+    hung_seconds = int(1.25 * 60 * cfg.slurm.watchdog_minutes) + 30
     return (
         environment()
         .get_template(template)
@@ -96,5 +98,11 @@ def job_script(cfg: Config, run: RunDirectory, python: str, dependency: list[str
             stopped_code=life.STOPPED,
             deadline_code=life.DEADLINE,
             requeue_code=life.REQUEUE,
+            busy_code=life.BUSY,
+            avoid_code=life.AVOID,
+            hung_code=life.HUNG,
+            hung_seconds=hung_seconds,
+            watch_seconds=min(30, hung_seconds // 4),
+            health_check=cfg.slurm.health_check,
         )
     )

@@ -118,7 +118,7 @@ def row_state(
     if is_local(history):
         return _local_state(history, output_problem, waits_for) if local_alive else _gone(history, output_problem)
     if isinstance(job, slurm.Unknown):
-        if history.cancelled or (history.outcome == "failed" and history.action == "exit"):
+        if history.cancelled or history.gave_up:
             return _gone(history, output_problem)
         last = "running" if history.running else history.outcome or "submitted"
         return "unknown", f"{job.why.splitlines()[0] if job.why else 'SLURM did not answer'} (the ledger says: {last})"
@@ -157,7 +157,7 @@ def _gone(history: History, output_problem: str) -> tuple[str, str | None]:
         return "cancelled", history.reason
     if history.running:
         return "failed", f"{who} and the run did not finish{onward}"
-    if history.outcome == "failed" and history.action == "exit":
+    if history.gave_up:
         return "failed", history.reason
     if history.outcome == "stopped" and history.action == "exit":
         return "cancelled", history.reason or "stopped on request"
@@ -172,7 +172,7 @@ def _slurm_state(
     history: History, output_problem: str, job: slurm.JobRecord, waits_for: tuple[str, ...]
 ) -> tuple[str, str | None]:
     begun = history.attempt_started is not None and history.attempt_started >= (history.submitted or 0)
-    gave_up = history.outcome == "failed" and history.action == "exit"
+    gave_up = history.gave_up
     match job.state:
         case "PENDING":
             if job.reason == "DependencyNeverSatisfied":

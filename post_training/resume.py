@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from post_training.run import manifest
-from post_training.run.directory import RunDirectory
+from post_training.run.directory import RunDirectory, fsync_directory
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -31,10 +31,35 @@ def newest_complete(run: RunDirectory) -> tuple[Path | None, list[tuple[Path, st
     return None, broken
 
 
-def set_aside(folder: Path, attempt: int) -> Path:
-    """Keep a broken checkpoint out of the way of later saves under the same step; nothing is deleted."""
-    target = folder.with_name(f"broken-{folder.name}-attempt-{attempt}")
-    return folder.rename(target)
+def leftovers(run: RunDirectory) -> list[Path]:
+    """Checkpoints that earlier attempts were writing when they died: in the staging folders, never renamed."""
+    return sorted(p for p in run.checkpoints.glob(".attempt-*/*") if p.is_dir())
+
+
+def set_aside(run: RunDirectory, folder: Path, attempt: int) -> Path:
+    """Keep a checkpoint that is not whole out of the way of later saves under the same step; nothing is deleted."""
+    target = run.checkpoints / f"broken-{folder.name}-attempt-{attempt}"
+    number = 1
+    while target.exists():
+        number += 1
+        target = target.with_name(f"broken-{folder.name}-attempt-{attempt}-{number}")
+    moved = folder.rename(target)
+    if folder.parent != run.checkpoints and not any(p.is_dir() for p in folder.parent.iterdir()):
+        shutil.rmtree(folder.parent)  # TRL's README
+    return moved
+
+
+def install(staged: Path, target: Path) -> None:
+    """Give a complete checkpoint its name, in the place of one of the same step if there is one."""
+    if target.exists():  # of an attempt that saved this step and then was set back behind it
+        old = target.with_name(f".old-{target.name}")
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        staged.rename(target)
+        shutil.rmtree(old)
+    else:
+        staged.rename(target)
+    fsync_directory(target.parent)
 
 
 def rotate(run: RunDirectory, limit: int) -> None:

@@ -156,10 +156,10 @@ def test_unknown_is_not_gone() -> None:
         (History(), True),
         (History(job_id="1"), False),
         (History(job_id="1", running=True), False),
-        (History(job_id="1", outcome="failed", action="requeue"), False),
+        (History(job_id="1", outcome="crashed", action="requeue"), False),
         (History(job_id="1", outcome="stopped", action="requeue"), False),
         (History(job_id="1", outcome="stopped", action="exit"), False),  # preempted: SLURM requeues it
-        (History(job_id="1", outcome="failed", action="exit"), True),
+        (History(job_id="1", outcome="crashed", action="exit", gave_up=True), True),
         (History(job_id="1", outcome="finished", action="exit"), True),
         (History(job_id="1", cancelled=True), True),
     ],

@@ -228,7 +228,7 @@ def test_a_crash_is_tried_again_until_it_gives_up(world: World) -> None:
     world.add("hopeless", plan=["crash"], max_failures=2)
     assert world.supervise() == 1
     assert len(world.events("flaky", "attempt_started")) == 3
-    assert [e["outcome"] for e in world.events("flaky", "attempt_ended")] == ["failed", "failed", "finished"]
+    assert [e["outcome"] for e in world.events("flaky", "attempt_ended")] == ["crashed", "crashed", "finished"]
     assert [e["action"] for e in world.events("hopeless", "attempt_ended")] == ["requeue", "exit"]
 
 
@@ -244,7 +244,7 @@ def test_a_failure_cancels_its_dependents_and_other_branches_finish(world: World
     assert supervisor.wait(DEADLINE) == 1
     for name in ("ppo", "grpo"):
         reason = world.events(name, "cancelled")[0]["reason"]
-        assert reason == "upstream rm failed: exit status 1; gave up after 1 failures without progress"
+        assert reason == "upstream rm failed: exit status 1; gave up after 1 failures without progress (slurm.max_failures)"
         assert not world.events(name, "attempt_started")
     assert world.events("dpo", "attempt_ended")[0]["outcome"] == "finished"
     said = world.said()
@@ -263,7 +263,7 @@ def test_a_job_that_cannot_begin_fails_with_its_reason_in_the_ledger(world: Worl
     world.run("sft").script.write_text("exit 0\n")  # says it is done, and left no output
     assert world.supervise() == 1
     history = summarise(ledger.read(world.run("rm").ledger))
-    assert (history.outcome, history.action, history.running) == ("failed", "exit", False)
+    assert (history.outcome, history.action, history.running) == ("crashed", "exit", False)
     assert "not a complete output" in (history.reason or "")
 
 

@@ -42,6 +42,7 @@ CASES: dict[str, tuple[Config, str, list[str]]] = {
                 "slurm", partition="gpu", account="a b", qos="high", num_nodes=2, gpus_per_node=4, gpu_type="h100",
                 mem="500G", constraint="a&b", exclude="n[1-2]", modules=["cuda/12.4", "my module"],
                 setup=["ulimit -n 4096"], env={"NCCL_DEBUG": "INFO", "TEXT": "it's $X"},
+                health_check="nvidia-smi -q > '/tmp/it is' && test -e \"$HOME\"",
             ),
             offline=True,
         ),

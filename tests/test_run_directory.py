@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -17,9 +18,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from post_training.run import directory, ledger, life, manifest
-from post_training.run.directory import RunDirectory, write_atomic
+from post_training.run.directory import Fenced, RunDirectory, write_atomic
 from post_training.run.history import History, summarise
-from post_training.run.life import DEADLINE, DONE, STOPPED, Ending, decide
+from post_training.run.life import (
+    DEADLINE,
+    DONE,
+    HUNG,
+    OUT_OF_MEMORY,
+    STOPPED,
+    UNUSABLE,
+    Ending,
+    Evidence,
+    Limits,
+    Word,
+    classify,
+    decide,
+    parse_word,
+)  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,9 +46,16 @@ def run(tmp_path: Path) -> RunDirectory:
     return run
 
 
-def configure(run: RunDirectory, max_failures: int = 3, **inputs: dict[str, Any] | None) -> None:
+def configure(
+    run: RunDirectory, max_failures: int = 3, max_attempts_without_progress: int = 9, exclude: str | None = None,
+    scheduler: str = "local", **inputs: dict[str, Any] | None,
+) -> None:  # fmt: skip
     sources = {"model": None, "reference": None, "reward_model": None} | inputs
-    run.config.write_text(yaml.safe_dump({"inputs": sources, "slurm": {"max_failures": max_failures}}))
+    slurm = {
+        "max_failures": max_failures, "max_attempts_without_progress": max_attempts_without_progress,
+        "exclude": exclude,
+    }  # fmt: skip
+    run.config.write_text(yaml.safe_dump({"inputs": sources, "slurm": slurm, "cluster": {"scheduler": scheduler}}))
 
 
 def complete(folder: Path, text: str = "weights") -> Path:
@@ -374,63 +396,123 @@ def test_no_ledger_breaks_its_summary(events: list[dict[str, Any]]) -> None:
 
 # ------------------------------------------------------------------------------------------------- life
 
-LATE = "left without saving (status 124)"
-CASES = [
-    # code, signal, whole, failures before -> outcome, action, exit code, reason
-    (0, None, True, 0, Ending("finished", "exit", 0)),
-    (0, None, True, 2, Ending("finished", "exit", 0)),
-    (0, "USR1", True, 0, Ending("finished", "exit", 0)),  # it finished before it saw the request
-    (0, "TERM", True, 0, Ending("finished", "exit", 0)),
-    (STOPPED, "USR1", False, 0, Ending("stopped", "requeue", 0)),
-    (STOPPED, "USR1", False, 9, Ending("stopped", "requeue", 0)),  # planned ones never give up
-    (0, "USR1", False, 0, Ending("stopped", "requeue", 0)),
-    (DEADLINE, "USR1", False, 2, Ending("stopped", "requeue", 0, LATE)),
-    (1, "USR1", False, 2, Ending("stopped", "requeue", 0, "left without saving (status 1)")),
-    (DEADLINE, "USR1", True, 0, Ending("finished", "exit", 0)),
-    (STOPPED, "TERM", False, 2, Ending("stopped", "exit", 143, "stopped on request")),
-    (DEADLINE, "TERM", False, 2, Ending("stopped", "exit", 143, "stopped on request")),
-    (0, "TERM", False, 2, Ending("stopped", "exit", 143, "stopped on request")),
-    (1, "TERM", False, 2, Ending("stopped", "exit", 143, "stopped on request")),
-    (STOPPED, None, False, 2, Ending("stopped", "exit", 143, "stopped on request")),  # the processes got SIGTERM alone
-    (1, None, False, 0, Ending("failed", "requeue", 0, "exit status 1")),
-    (1, None, False, 1, Ending("failed", "requeue", 0, "exit status 1")),
-    (1, None, False, 2, Ending("failed", "exit", 1, "exit status 1; gave up after 3 failures without progress")),
-    (137, None, False, 5, Ending("failed", "exit", 137, "exit status 137; gave up after 6 failures without progress")),
-    (0, None, False, 0, Ending("failed", "requeue", 0, "ended without a complete output")),
-    (0, None, False, 2, Ending(
-        "failed", "exit", 1, "ended without a complete output; gave up after 3 failures without progress")),
-    (1, None, True, 0, Ending("finished", "exit", 0)),  # it broke after its last word
+def saw(code: int, signal: str | None = None, **evidence: Any) -> Evidence:
+    return Evidence(code, signal, **evidence)
+
+
+PREEMPTED, LOST, CANCELLED, RUNNING = Word("preempted"), Word("node_lost", ("n3",)), Word("cancelled"), Word("running")
+UNSAVED = "left without saving (status 1)"
+OUTCOMES = [
+    (saw(0, whole=True), "finished", None),
+    (saw(1, whole=True), "finished", None),  # it broke after its last word
+    (saw(DEADLINE, "USR1", whole=True), "finished", None),
+    (saw(0, "TERM", whole=True, word=CANCELLED), "finished", None),  # before it saw the request
+    (saw(STOPPED, "USR1", answered=True), "stopped", None),
+    (saw(DEADLINE, "USR1"), "stopped", "left without saving (status 124)"),
+    (saw(1, "USR1", hung=True), "stopped", UNSAVED),
+    (saw(STOPPED, "TERM", answered=True), "stopped", "stopped on request"),
+    (saw(STOPPED, None, answered=True), "stopped", "stopped on request"),  # the processes got SIGTERM alone
+    (saw(STOPPED, None, answered=True, word=PREEMPTED), "preempted", None),
+    (saw(1, "TERM", word=PREEMPTED), "preempted", UNSAVED),
+    (saw(1, "TERM", word=LOST), "node_lost", "lost n3"),
+    (saw(1, None, word=LOST), "node_lost", "lost n3"),  # srun noticed before the script was told
+    (saw(1, "TERM", word=CANCELLED), "cancelled", UNSAVED),
+    (saw(STOPPED, "TERM", word=CANCELLED, answered=True), "cancelled", None),
+    (saw(HUNG), "hung", "no step for slurm.watchdog_minutes; what each rank was doing is in logs/stacks"),
+    (saw(137, hung=True), "hung", "no step for slurm.watchdog_minutes; what each rank was doing is in logs/stacks"),
+    (saw(OUT_OF_MEMORY, error="OutOfMemoryError: CUDA"), "out_of_memory", "OutOfMemoryError: CUDA"),
+    (saw(137, stderr="srun: error: n1: task 0: Out Of Memory\n"), "out_of_memory", "killed for its memory"),
+    (saw(137, stderr="slurmstepd: error: Detected 1 oom_kill event in StepId=7.0."), "out_of_memory",
+     "killed for its memory"),
+    (saw(1), "crashed", "exit status 1"),
+    (saw(1, word=RUNNING), "crashed", "exit status 1"),
+    (saw(1, error="ValueError: no"), "crashed", "ValueError: no"),
+    (saw(0), "crashed", "ended without a complete output"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("code", "signal", "whole", "failures", "ending"), CASES)
-def test_decide(code: int, signal: str | None, whole: bool, failures: int, ending: Ending) -> None:
-    assert decide(code, signal, whole, failures, max_failures=3) == ending
+@pytest.mark.parametrize(("evidence", "outcome", "reason"), OUTCOMES)
+def test_classify(evidence: Evidence, outcome: str, reason: str | None) -> None:
+    assert classify(evidence) == (outcome, reason)
 
 
-@given(
-    st.integers(0, 255), st.sampled_from([None, "USR1", "TERM"]), st.booleans(), st.integers(0, 5), st.integers(1, 5)
+LIMITS = Limits(max_failures=3, max_attempts_without_progress=5)
+DECISIONS = [
+    # outcome, code, word, signal, failures and attempts without progress before -> action, exit code, gave up, by SLURM
+    ("finished", 0, Word(), None, 2, 9, ("exit", 0, False, False)),
+    ("stopped", STOPPED, Word(), "USR1", 9, 0, ("requeue", 0, False, False)),  # planned ones are no failures
+    ("stopped", STOPPED, Word(), "USR1", 0, 4, ("exit", 1, True, False)),  # but must lead somewhere
+    ("stopped", STOPPED, Word(), "TERM", 0, 0, ("exit", 143, False, True)),
+    ("stopped", STOPPED, RUNNING, None, 0, 0, ("requeue", 0, False, False)),  # SLURM ends nothing: we go on
+    ("preempted", STOPPED, PREEMPTED, None, 2, 9, ("requeue", 143, False, True)),
+    ("node_lost", 1, LOST, "TERM", 2, 9, ("requeue", 143, False, True)),
+    ("node_lost", 1, Word(), None, 2, 0, ("requeue", 0, False, False)),  # a failed health check: ours to requeue
+    ("cancelled", 1, CANCELLED, "TERM", 0, 0, ("exit", 143, False, True)),
+    ("crashed", 7, Word(), None, 0, 0, ("requeue", 0, False, False)),
+    ("crashed", 7, Word(), None, 2, 0, ("exit", 7, True, False)),
+    ("hung", HUNG, Word(), None, 2, 0, ("exit", HUNG, True, False)),
+    ("out_of_memory", 137, Word(), None, 2, 0, ("exit", 137, True, False)),
+    ("crashed", 0, Word(), None, 2, 0, ("exit", 1, True, False)),
+    ("crashed", UNUSABLE, Word(), None, 0, 0, ("exit", 2, True, False)),  # trying again would not help
+    ("crashed", 7, Word(), None, 0, 4, ("exit", 1, True, False)),
+]
+
+
+@pytest.mark.parametrize(("outcome", "code", "word", "signal", "failures", "without", "expected"), DECISIONS)
+def test_decide(
+    outcome: str, code: int, word: Word, signal: str | None, failures: int, without: int, expected: tuple[Any, ...]
+) -> None:
+    history = History(failures=failures, attempts_without_progress=without)
+    ending = decide(outcome, "why", code, word, signal, history, LIMITS)
+    assert (ending.action, ending.exit_code, ending.gave_up, ending.by_slurm) == expected
+    assert ending.outcome == outcome
+    if ending.gave_up:
+        assert str(ending.reason).startswith("why")
+
+
+# what scontrol and sinfo said on a real SLURM 22.05 while the job was being ended
+JOB = "JobId=3 JobName=x JobState={} Reason=None Dependency=(null) Requeue=1 Restarts={} ExitCode=0:0 PreemptTime={}"
+
+
+@pytest.mark.parametrize(
+    ("job", "nodes", "word"),
+    [
+        (JOB.format("COMPLETING", 0, "None"), "n1:comp", CANCELLED),
+        (JOB.format("RUNNING", 0, "2026-11-21T11:00:47"), "n2:alloc", PREEMPTED),  # within its grace
+        (JOB.format("COMPLETING", 1, "None"), "n2:comp", PREEMPTED),  # the grace is over
+        (JOB.format("COMPLETING", 1, "None"), "n3:comp n4:down", Word("node_lost", ("n4",))),
+        (JOB.format("RUNNING", 0, "None"), "n3:mix n4:down*", Word("node_lost", ("n4",))),
+        (JOB.format("RUNNING", 0, "None"), "n3:mix", RUNNING),
+        ("", "", Word()),  # the controller does not answer
+    ],
 )
-def test_every_ending_is_one_of_a_few(code: int, signal: str | None, whole: bool, failures: int, limit: int) -> None:
-    ending = decide(code, signal, whole, failures, limit)
-    assert (ending.exit_code == 0) == (ending.action == "requeue" or ending.outcome == "finished")
-    if ending.outcome == "failed":
-        assert signal is None  # what was asked for is never a failure
-        assert (ending.action == "exit") == (failures + 1 >= limit)
-    if ending.outcome == "finished":
-        assert whole
+def test_slurms_word(job: str, nodes: str, word: Word) -> None:
+    assert parse_word(job, nodes, restart_count=0) == word
+    if word == PREEMPTED and "Restarts=1" in job:
+        assert parse_word(job, nodes, restart_count=1) == CANCELLED
+
+
+def test_the_lead_is_the_sum_of_what_a_stop_takes() -> None:
+    assert life.lead({"longest_step": 2.0, "save": 3.0}, 1.5)["needed"] == 6.5
+    assert life.lead({"longest_step": 2.0, "save": None}, None)["needed"] == 2.0
+    assert life.lead(None, 1.0)["needed"] is None
+
+
+def begin(run: RunDirectory, job_id: str, node: str, **how: Any) -> int | None:
+    return life.begin(run, job_id, [node], **how).attempt
 
 
 def test_begin_numbers_attempts_in_the_ledger(run: RunDirectory) -> None:
     configure(run)
-    assert [life.begin(run, "7", "n1"), life.begin(run, "7", "n2")] == [1, 2]
-    assert [(e["attempt"], e["job_id"], e["node"]) for e in ledger.read(run.ledger)] == [(1, "7", "n1"), (2, "7", "n2")]
+    assert [begin(run, "7", "n1"), begin(run, "7", "n2")] == [1, 2]
+    started = [e for e in ledger.read(run.ledger) if e["event"] == "attempt_started"]
+    assert [(e["attempt"], e["job_id"], e["node"]) for e in started] == [(1, "7", "n1"), (2, "7", "n2")]
 
 
 def test_begin_of_a_finished_run_starts_nothing(run: RunDirectory) -> None:
     configure(run)
     complete(run.model)
-    assert life.begin(run, "7", "n1") is None
+    assert begin(run, "7", "n1") is None
     assert ledger.read(run.ledger) == []
 
 
@@ -439,51 +521,199 @@ def test_begin_refuses_an_input_that_is_not_whole(run: RunDirectory, tmp_path: P
     configure(run, model={"path": str(source), "run_dir": str(source.parent)})
     (source / "model.safetensors").write_text("torn")
     with pytest.raises(RuntimeError, match=r"inputs\.model=.*not a complete output.*4 bytes, not 7"):
-        life.begin(run, "7", "n1")
+        begin(run, "7", "n1")
     assert ledger.read(run.ledger) == []
     complete(source)
-    assert life.begin(run, "7", "n1") == 1
+    assert begin(run, "7", "n1") == 1
 
 
 def test_begin_takes_models_from_outside_the_pipeline_as_they_are(run: RunDirectory, tmp_path: Path) -> None:
     configure(
         run, model={"path": "Qwen/Qwen3-0.6B", "run_dir": None}, reference={"path": str(tmp_path), "run_dir": None}
     )
-    assert life.begin(run, "7", "n1") == 1
+    assert begin(run, "7", "n1") == 1
 
 
 def test_end_writes_what_happened_and_the_count(run: RunDirectory) -> None:
     configure(run, max_failures=2)
-    first = life.begin(run, "7", "n1")
+    first = begin(run, "7", "n1")
     assert life.end(run, first, 1, None).action == "requeue"
     assert run.failure_count.read_text() == "1\n"
-    second = life.begin(run, "7", "n1")
+    second = begin(run, "7", "n1")
     ledger.append(run.ledger, "checkpoint_saved", attempt=second, step=5, seconds=0.1)
     assert life.end(run, second, 1, None).action == "requeue"  # there was progress: the count began anew
     assert run.failure_count.read_text() == "1\n"
-    third = life.begin(run, "7", "n1")
+    third = begin(run, "7", "n1")
     ending = life.end(run, third, 9, None)
     assert (ending.action, ending.exit_code) == ("exit", 9)
     assert run.failure_count.read_text() == "2\n"
     last = ledger.read(run.ledger)[-1]
     assert {k: last[k] for k in ("event", "attempt", "code", "outcome", "action", "reason")} == {
-        "event": "attempt_ended", "attempt": 3, "code": 9, "outcome": "failed", "action": "exit",
-        "reason": "exit status 9; gave up after 2 failures without progress",
+        "event": "attempt_ended", "attempt": 3, "code": 9, "outcome": "crashed", "action": "exit",
+        "reason": "exit status 9; gave up after 2 failures without progress (slurm.max_failures)",
     }  # fmt: skip
 
 
 def test_a_run_that_gave_up_may_fail_again_after_it_is_submitted_again(run: RunDirectory) -> None:
     configure(run, max_failures=2)
     for _ in range(2):
-        ending = life.end(run, life.begin(run, "7", "n1"), 1, None)
+        ending = life.end(run, begin(run, "7", "n1"), 1, None)
     assert ending.action == "exit"
     ledger.append(run.ledger, "submitted", job_id="8", cluster="h100")
-    assert life.end(run, life.begin(run, "8", "n1"), 1, None).action == "requeue"
+    assert life.end(run, begin(run, "8", "n1"), 1, None).action == "requeue"
+
+
+def last(run: RunDirectory, event: str) -> dict[str, Any]:
+    return next(e for e in reversed(ledger.read(run.ledger)) if e["event"] == event)
+
+
+def test_an_attempt_without_an_end_is_closed_by_the_next(run: RunDirectory) -> None:
+    """Its node died with the script on it; SLURM started the job again."""
+    configure(run)
+    begin(run, "7", "n1")
+    assert begin(run, "7", "n2") == 2
+    closed = last(run, "attempt_ended")
+    assert (closed["attempt"], closed["outcome"], closed["lost_nodes"]) == (1, "node_lost", ["n1"])
+    assert run.failure_count.read_text() == "0\n"
+    life.stop(run, 2, "TERM", Word("preempted"))
+    assert begin(run, "7", "n2") == 3
+    assert last(run, "attempt_ended")["outcome"] == "preempted"
+
+
+def test_a_node_that_was_lost_twice_is_avoided(run: RunDirectory) -> None:
+    configure(run)
+    for _ in range(3):
+        begun = life.begin(run, "7", ["n1", "n2"])
+    assert (begun.attempt, begun.code, begun.says) == (None, life.AVOID, "n1")
+    assert last(run, "avoided")["nodes"] == ["n1"]
+    assert begin(run, "7", "n2") == 3
+
+
+def test_a_node_that_fails_its_health_check_is_avoided_at_once(run: RunDirectory) -> None:
+    configure(run, exclude="n9")
+    attempt = begin(run, "7", "n1")
+    assert attempt is not None
+    assert life.end(run, attempt, 1, None, unhealthy="n1").action == "requeue"
+    assert life.begin(run, "7", ["n1"]).says == "n9,n1"  # and those that the config excludes
+
+
+def test_another_jobs_run_is_left_alone_until_slurm_says_that_it_is_gone(run: RunDirectory) -> None:
+    configure(run)
+    ledger.append(run.ledger, "submitted", job_id="7", cluster="h100")
+    refused = life.begin(run, "8", ["n1"])
+    assert (refused.attempt, refused.code, refused.says) == (None, life.BUSY, "7")
+    assert begin(run, "7", "n1") == 1
+    assert life.begin(run, "8", ["n1"]).code == life.BUSY
+    assert begin(run, "8", "n1", gone="7") == 2
+    assert last(run, "attempt_ended")["outcome"] == "crashed"
+    assert begin(run, "9", "n1", sole=True) == 3
+
+
+def test_an_older_attempt_can_write_nothing(run: RunDirectory) -> None:
+    configure(run)
+    begin(run, "7", "n1")
+    with run.writing_as(1):
+        pass
+    begin(run, "7", "n2")
+    with pytest.raises(Fenced), run.writing_as(1):
+        pass
+    with pytest.raises(Fenced):
+        life.end(run, 1, 1, None)
+
+
+def test_no_attempt_begins_while_one_writes(run: RunDirectory) -> None:
+    configure(run)
+    begin(run, "7", "n1")
+    with run.writing_as(1):
+        other = subprocess.Popen(
+            [sys.executable, "-m", "post_training.run.life", "begin", str(run.root), "--job-id", "7", "--nodes", "n2"],
+            cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.wait(timeout=1.5)
+        assert run.newest_attempt() == 1
+    assert other.communicate(timeout=30)[0] == "2\n"
+
+
+def test_attempts_without_progress_are_limited(run: RunDirectory) -> None:
+    configure(run, max_attempts_without_progress=2)
+    for _ in range(2):
+        ending = life.end(run, begin(run, "7", "n1") or 0, STOPPED, "USR1")
+    assert ending.gave_up and ending.action == "exit" and "max_attempts_without_progress" in str(ending.reason)
+    ledger.append(run.ledger, "submitted", job_id="7", cluster="h100")
+    for step in range(5):
+        attempt = begin(run, "7", "n1") or 0
+        ledger.append(run.ledger, "checkpoint_saved", attempt=attempt, step=step + 1, seconds=0.1)
+        assert life.end(run, attempt, STOPPED, "USR1").action == "requeue"
+    for _ in range(2):
+        begin(run, "7", "n1")  # lost each time: nobody recorded an end
+    with pytest.raises(RuntimeError, match="max_attempts_without_progress"):
+        begin(run, "7", "n2")
+
+
+def test_a_run_that_gives_up_takes_its_dependents_with_it(run: RunDirectory) -> None:
+    configure(run, max_failures=1, scheduler="slurm")
+    names: dict[str, list[str]] = {
+        "base": [], "dpo": [run.name], "grpo": ["dpo"], "done": [run.name], "other": ["base"],
+    }  # fmt: skip
+    stages: dict[str, Any] = {run.name: {"run_dir": str(run.root), "after": []}}
+    for name, after in names.items():
+        other = RunDirectory(run.root.parent / f"{name} run")
+        other.create()
+        ledger.append(other.ledger, "submitted", job_id="9", cluster="h100")
+        stages[name] = {"run_dir": str(other.root), "after": after}
+    complete(RunDirectory(run.root.parent / "done run").model)
+    (run.root.parent / "pipeline.json").write_text(json.dumps({"stages": stages}))
+    life.end(run, begin(run, "7", "n1") or 0, 9, None)
+    said = {name: summarise(ledger.read(Path(entry["run_dir"]) / "ledger.jsonl")) for name, entry in stages.items()}
+    assert {name for name, history in said.items() if history.cancelled} == {"dpo", "grpo"}
+    assert said["grpo"].reason == f"upstream {run.name} failed: {said[run.name].reason}"
+
+
+@pytest.mark.parametrize(
+    ("happened", "requeued"),
+    [
+        ([], True),  # the script was killed while its processes trained
+        ([("stop_requested", {"signal": "TERM"})], False),  # by SLURM, which was ending the job
+        ([("stop_requested", {"signal": "USR1"})], True),
+        ([("attempt_ended", {"outcome": "stopped", "action": "requeue", "reason": None})], True),  # before scontrol
+        ([("attempt_ended", {"outcome": "crashed", "action": "exit", "reason": "x"})], False),
+        ([("attempt_ended", {"outcome": "finished", "action": "exit", "reason": None})], False),
+        ([("attempt_started", {"attempt": 2, "job_id": "7"})], False),
+    ],
+)
+def test_the_guard_requeues_what_the_script_could_not(
+    run: RunDirectory, happened: list[tuple[str, dict[str, Any]]], requeued: bool
+) -> None:
+    configure(run)
+    begin(run, "7", "n1")
+    for event, fields in happened:
+        ledger.append(run.ledger, event, **{"attempt": 1, **fields})
+    assert life.guard(run, 1) is requeued
+    if not happened:
+        assert summarise(ledger.read(run.ledger)).outcome == "crashed"
+
+
+def test_a_full_disk_is_waited_for(run: RunDirectory) -> None:
+    tries = []
+
+    def write() -> str:
+        tries.append(1)
+        if len(tries) < 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return "written"
+
+    assert life.patiently(write, 60) == "written"
+    with pytest.raises(OSError, match="No space"):
+        tries.clear()
+        life.patiently(write, 0)
+    with pytest.raises(FileNotFoundError):  # not the disk's fault: at once
+        life.patiently(lambda: Path("/none/none").write_text(""), 60)
 
 
 def test_end_of_a_finished_attempt(run: RunDirectory) -> None:
     configure(run)
-    attempt = life.begin(run, "7", "n1")
+    attempt = begin(run, "7", "n1")
     complete(run.model)
     assert life.end(run, attempt, 0, None) == Ending("finished", "exit", 0)
     assert run.failure_count.read_text() == "0\n"
@@ -497,21 +727,21 @@ def command(*args: object) -> subprocess.CompletedProcess[str]:
 
 def test_the_scripts_commands(run: RunDirectory, tmp_path: Path) -> None:
     configure(run, max_failures=1)
-    begun = command("begin", run.root, "--job-id", "7", "--node", "n1")
+    begun = command("begin", run.root, "--job-id", "7", "--nodes", "n1")
     assert (begun.returncode, begun.stdout) == (0, "1\n")
     assert command("stop", run.root, "--attempt", 1, "--signal", "USR1").returncode == 0
     assert run.stop_requested(1)
     assert command("end", run.root, "--attempt", 1, "--code", STOPPED, "--signal", "USR1").stdout == "requeue\n"
-    assert command("begin", run.root, "--job-id", "7", "--node", "n1").stdout == "2\n"
+    assert command("begin", run.root, "--job-id", "7", "--nodes", "n1").stdout == "2\n"
     assert command("end", run.root, "--attempt", 2, "--code", 9, "--signal", "").stdout == "exit 9\n"
     assert [e["event"] for e in ledger.read(run.ledger)] == [
         "attempt_started", "stop_requested", "attempt_ended", "attempt_started", "attempt_ended",
     ]  # fmt: skip
     configure(run, model={"path": str(tmp_path / "x"), "run_dir": str(tmp_path)})
-    refused = command("begin", run.root, "--job-id", "7", "--node", "n1")
+    refused = command("begin", run.root, "--job-id", "7", "--nodes", "n1")
     assert refused.returncode == 2 and refused.stdout == "" and "no manifest.json" in refused.stderr
     complete(run.model)
-    done = command("begin", run.root, "--job-id", "7", "--node", "n1")
+    done = command("begin", run.root, "--job-id", "7", "--nodes", "n1")
     assert (done.returncode, done.stdout) == (DONE, "")
 
 

@@ -4,10 +4,12 @@
       config.yaml                 frozen: what this run does, fully resolved
       code/                       snapshot of the code it was submitted with
       checkpoints/checkpoint-N/   full state; manifest.json written last
+      checkpoints/.attempt-N/     where an attempt writes them, until they are whole
       inference_checkpoints/step-N/
       model/                      the output, manifest last
-      logs/                       metrics.jsonl, TensorBoard
-      slurm/                      job.sh, slurm-<jobid>.out/.err (appended), failure_count, stop_request
+      logs/                       metrics.jsonl, TensorBoard, stacks of a hang
+      slurm/                      job.sh, slurm-<jobid>.out/.err (appended), failure_count, stop_request,
+                                  newest_attempt, progress.json (live figures), error-N (why attempt N failed)
       ledger.jsonl                attempts and events
 
 Both sides use it: the login node to write and look, the compute node to run. No torch here.
@@ -15,7 +17,10 @@ Both sides use it: the login node to write and look, the compute node to run. No
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -48,6 +53,27 @@ def load_yaml(text: str) -> Any:
     return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
+def _write_in_place(path: Path, text: str) -> None:
+    """Not renamed: NFS clients see new content of a known file at its next open, but may go on seeing an old
+    directory entry for a minute."""
+    with path.open("r+") as file:
+        file.write(text)
+        file.truncate()
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_number(path: Path) -> int:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+class Fenced(RuntimeError):
+    """A newer attempt has begun: this one may write nothing any more."""
+
+
 @dataclass(frozen=True)
 class RunDirectory:
     """Paths of one run. Creating the object touches nothing."""
@@ -74,6 +100,10 @@ class RunDirectory:
     @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
+
+    def staging(self, attempt: int) -> Path:
+        """Where an attempt writes its checkpoints; each is renamed into `checkpoints` once it is whole."""
+        return self.checkpoints / f".attempt-{attempt}"
 
     @property
     def inference_checkpoints(self) -> Path:
@@ -102,6 +132,10 @@ class RunDirectory:
     def metrics(self) -> Path:
         return self.logs / "metrics.jsonl"
 
+    def stacks(self, attempt: int, rank: int | str) -> Path:
+        """Where a rank that hangs writes the stacks of its threads."""
+        return self.logs / "stacks" / f"attempt-{attempt}-rank-{rank}.txt"
+
     @property
     def slurm(self) -> Path:
         return self.root / "slurm"
@@ -115,8 +149,21 @@ class RunDirectory:
         return self.slurm / "stop_request"
 
     @property
+    def newest_attempt_file(self) -> Path:
+        return self.slurm / "newest_attempt"
+
+    @property
     def failure_count(self) -> Path:
         return self.slurm / "failure_count"
+
+    @property
+    def progress(self) -> Path:
+        """Figures of the running attempt (run.progress), rewritten about once a second."""
+        return self.slurm / "progress.json"
+
+    def error(self, attempt: int) -> Path:
+        """One line: why a rank of this attempt failed."""
+        return self.slurm / f"error-{attempt}"
 
     @property
     def lock(self) -> Path:
@@ -137,29 +184,51 @@ class RunDirectory:
         """Make the folders of a new run, and the stop-request file that its attempts keep reading."""
         for folder in (self.checkpoints, self.logs, self.slurm):
             folder.mkdir(parents=True, exist_ok=True)
-        if not self.stop_request.exists():
-            self.stop_request.write_text("0\n")
+        for path in (self.stop_request, self.newest_attempt_file):
+            if not path.exists():
+                path.write_text("0\n")
 
     def read_config(self) -> dict[str, Any]:
         """The frozen config as plain data. Raises FileNotFoundError where this is no run directory."""
         return cast("dict[str, Any]", load_yaml(self.config.read_text(encoding="utf-8")))
 
-    def request_stop(self, attempt: int) -> None:
-        """Ask the attempt to save and leave.
+    # -- two small files that processes on other nodes keep reading: who is the newest, and who is to stop
 
-        Written in place, not renamed: NFS clients see new content of a known file at its next open, but may
-        go on seeing an old directory entry for a minute. The attempt's number keeps an old request from
-        stopping a later attempt.
+    def announce(self, attempt: int) -> None:
+        """Make this the newest attempt: whatever is left of older ones can write nothing from here on."""
+        with self._exclusive():
+            _write_in_place(self.newest_attempt_file, f"{attempt}\n")
+
+    def newest_attempt(self) -> int:
+        """The number of the newest attempt; 0 before the first."""
+        return _read_number(self.newest_attempt_file)
+
+    @contextlib.contextmanager
+    def writing_as(self, attempt: int) -> Iterator[None]:
+        """Around what an attempt writes: no newer one begins meanwhile. Raises Fenced where one has begun.
+
+        A node that SLURM has given up may live on, with the ranks of an old attempt still running.
         """
-        with self.stop_request.open("r+") as file:
-            file.write(f"{attempt}\n")
-            file.truncate()
-            file.flush()
-            os.fsync(file.fileno())
+        with self._exclusive():
+            if self.newest_attempt() > attempt:
+                raise Fenced(f"attempt {attempt} of {self.root}: a newer attempt has begun")
+            yield
+
+    def request_stop(self, attempt: int) -> None:
+        """Ask the attempt to save and leave. Its number keeps an old request from stopping a later attempt."""
+        _write_in_place(self.stop_request, f"{attempt}\n")
 
     def stop_requested(self, attempt: int) -> bool:
         """Whether this attempt was asked to save and leave. One open and read of a few bytes."""
+        return _read_number(self.stop_request) == attempt
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """flock, which Linux carries over NFS; where a file system has no locks, a moment of luck remains."""
+        descriptor = os.open(self.slurm / ".write.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            return self.stop_request.read_text().strip() == str(attempt)
-        except OSError:
-            return False
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)

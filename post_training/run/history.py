@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from post_training.run.ledger import Event
+
+FAILED = ("crashed", "out_of_memory", "hung", "failed")
+"""Outcomes that count against slurm.max_failures; "failed" is what ledgers of version 0.1 say."""
 
 
 @dataclass
@@ -16,17 +20,36 @@ class History:
     cluster: str | None = None
     attempts: int = 0
     failures: int = 0  # attempts that failed since the last progress
+    attempts_without_progress: int = 0  # ended ones, however they ended
     running: bool = False  # an attempt began and has not ended, as far as the ledger knows
     stopping: bool = False  # the running attempt was asked to stop
+    stop_signal: str | None = None  # by which signal: USR1 or TERM
+    answered: bool = False  # the running attempt saved and left on request
     training: bool = False  # the running attempt has reached its first step
+    nodes: list[str] = field(default_factory=list)  # of the newest attempt; the job script runs on the first
     attempt_started: float | None = None  # seconds since the epoch, newest attempt
     attempt_ended: float | None = None
     submitted: float | None = None
     checkpoint_step: int = 0  # newest complete checkpoint
-    outcome: str | None = None  # of the last ended attempt: finished, stopped, failed
+    last_step: int = 0  # highest step that any attempt is known to have done
+    lost_nodes: Counter[str] = field(default_factory=Counter)  # how often each node was lost, or failed its check
+    outcome: str | None = None  # of the last ended attempt, see run.life
     action: str | None = None  # what followed: requeue or exit
+    gave_up: bool = False  # the run ended itself: no further attempt follows by itself
     reason: str | None = None  # why the run was cancelled or gave up
     cancelled: bool = False
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last ended attempt counts as a failure."""
+        return self.outcome in FAILED
+
+    def _forget_the_end(self) -> None:
+        self.cancelled, self.reason, self.outcome, self.action, self.gave_up = False, None, None, None, False
+
+    def _not_running(self) -> None:
+        self.running = self.stopping = self.training = self.answered = False
+        self.stop_signal = None
 
 
 FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
@@ -45,6 +68,10 @@ def is_sound(event: Event) -> bool:
     return all(isinstance(event.get(name), kind) for name, kind in needs.items())
 
 
+def _names(value: object) -> list[str]:
+    return [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
+
+
 def summarise(events: Iterable[Event]) -> History:
     """Fold a ledger's events into one History."""
     history = History()
@@ -53,33 +80,49 @@ def summarise(events: Iterable[Event]) -> History:
             continue
         match event["event"]:
             case "submitted":
+                history.submitted, history.cluster = event["time"], event["cluster"]
+                if history.running and history.job_id == event["job_id"]:
+                    continue  # the job began before its submission was written down
                 history.failures = 0  # whoever submits a run again wants all of its attempts
-                history.job_id, history.cluster = event["job_id"], event["cluster"]
-                history.submitted = event["time"]
-                history.cancelled, history.reason, history.outcome, history.action = False, None, None, None
-                history.running = history.stopping = history.training = False
+                history.attempts_without_progress = 0
+                history.job_id = event["job_id"]
+                history._forget_the_end()
+                history._not_running()
+            case "restarted":
+                history.checkpoint_step = 0
             case "attempt_started":
                 history.attempts = event["attempt"]
                 history.job_id = event["job_id"]
+                history.nodes = _names(event.get("nodes"))
                 history.attempt_started, history.attempt_ended = event["time"], None
-                history.running, history.stopping, history.training = True, False, False
-                history.cancelled, history.reason, history.outcome, history.action = False, None, None, None
+                history._forget_the_end()
+                history._not_running()
+                history.running = True
             case "training_started":
                 history.training = True
             case "stop_requested":
-                history.stopping = True
+                history.stopping, history.stop_signal = True, event.get("signal") or history.stop_signal
+            case "stopped":
+                history.answered = True
             case "checkpoint_saved":
+                history.last_step = max(history.last_step, event["step"])
                 if event["step"] > history.checkpoint_step:
                     history.checkpoint_step = event["step"]
                     history.failures = 0
+                    # the attempt that saved has made progress; its own end is not counted either
+                    history.attempts_without_progress = -1 if history.running else 0
             case "attempt_ended":
-                history.running = history.stopping = history.training = False
+                history._not_running()
                 history.attempt_ended = event["time"]
                 history.outcome, history.action = event["outcome"], event["action"]
                 history.reason = event.get("reason")
-                if event["outcome"] == "failed":
-                    history.failures += 1
+                history.attempts_without_progress += 1
+                history.failures += event["outcome"] in FAILED
+                history.gave_up = event.get("gave_up", event["outcome"] in FAILED and event["action"] == "exit") is True
+                history.lost_nodes.update(_names(event.get("lost_nodes")))
+                if isinstance(event.get("step"), int):
+                    history.last_step = max(history.last_step, event["step"])
             case "cancelled":
                 history.cancelled, history.reason = True, event.get("reason")
-                history.running = history.stopping = history.training = False
+                history._not_running()
     return history

@@ -3,18 +3,23 @@
 Every line has `time` (seconds since the epoch), `event` and `version`. The events:
 
     submitted          job_id, cluster                 a job was queued for this run
-    attempt_started    attempt, job_id, node           the job script began
+    restarted          folder                          what was there was set aside: the run starts from scratch
+    attempt_started    attempt, job_id, node, nodes, restart_count      the job script began
     training_started   attempt, step                   the first step is about to run, after `step` done ones
+    not_exact          attempt, reason                 what holds for this resume instead of bit-exactness
     stop_requested     attempt, signal                 the script was asked to stop
     checkpoint_saved   attempt, step, seconds          a complete checkpoint, manifest included
+    set_aside          attempt, folder, reason         a checkpoint that is not whole was renamed, not deleted
     stopped            attempt, step                   the attempt saved and left on request
-    attempt_ended      attempt, code, outcome, action  outcome: finished, stopped, failed; action: exit, requeue
+    attempt_ended      attempt, code, outcome, action, reason, ...      see run.life
+    avoided            job_id, nodes                   the job was requeued away from these nodes before it began
     cancelled          reason                          by the user, or because an upstream stage failed
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -41,7 +46,9 @@ def append(ledger: Path, event: str, **fields: Any) -> Event:
         size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":
             line = "\n" + line  # the last writer died in the middle of a line: leave its piece alone
-        os.write(descriptor, line.encode())
+        data = line.encode()
+        if os.write(descriptor, data) < len(data):
+            raise OSError(errno.ENOSPC, "only a part of the line found room", str(ledger))
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

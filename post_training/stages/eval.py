@@ -11,7 +11,7 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,12 @@ import torch
 
 from conf.schema import Reward
 from post_training import data
+from post_training.attempt import StopFlag, Watchdog
 from post_training.data.source import DataError
 from post_training.rewards.verify import has_format, is_correct
-from post_training.run import ledger
+from post_training.run import ledger, life
 from post_training.run.directory import RunDirectory, write_atomic
+from post_training.run.progress import Progress
 from post_training.stages.common import Stage, finish, load_causal_lm, load_reward_model, open_stage
 
 if TYPE_CHECKING:
@@ -49,30 +51,56 @@ def repetition(ids: Sequence[int], n: int = 4) -> float:
     return 1 - len(grams) / total if total else 0.0
 
 
-def evaluate(run: RunDirectory, attempt: int) -> int:
-    """Judge the run's input model and write its output: results.json and samples.jsonl."""
+class Asked(Exception):
+    """The attempt is to leave: an evaluation has nothing to save, and starts again."""
+
+
+def evaluate(run: RunDirectory, attempt: int, progress: Progress, watchdog: Watchdog) -> int:
+    """Judge the run's input model and write its output: results.json and samples.jsonl. Returns the exit code."""
+    stop_flag = StopFlag()
+    looked = 0.0
+
+    def pulse(*_: object) -> None:
+        """Before each forward pass: alive, and ready to leave in the middle of a long answer."""
+        nonlocal looked
+        watchdog.beat()
+        progress.write()
+        if stop_flag.is_set or (time.monotonic() - looked > 1 and run.stop_requested(attempt)):
+            raise Asked
+        looked = max(looked, time.monotonic() - 1)
+
     stage = open_stage(run)
     assert stage.model_path is not None
-    ledger.append(run.ledger, "training_started", attempt=attempt, step=0)
+    with run.writing_as(attempt):
+        ledger.append(run.ledger, "training_started", attempt=attempt, step=0)
+    progress.enter("evaluation")
     config = json.loads((Path(stage.model_path) / "config.json").read_text()) if Path(stage.model_path).is_dir() else {}
     is_reward_model = any("SequenceClassification" in a for a in config.get("architectures") or [])
-    results, samples = judge_reward_model(stage) if is_reward_model else judge_policy(stage)
-    partial = run.model.with_name("model.partial")
+    try:
+        results, samples = (judge_reward_model if is_reward_model else judge_policy)(stage, pulse)
+    except Asked:
+        with run.writing_as(attempt):
+            ledger.append(run.ledger, "stopped", attempt=attempt, step=0)
+        return life.STOPPED
+    progress.enter("saving")
+    partial = run.model.with_name(f"model.partial-{attempt}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     write_atomic(partial / "results.json", json.dumps({"version": VERSION, **results}, indent=1) + "\n")
     write_atomic(partial / "samples.jsonl", "".join(json.dumps(s) + "\n" for s in samples))
-    finish(run, partial)
+    with run.writing_as(attempt):
+        finish(run, partial)
+    progress.enter("saving")
     return 0
 
 
-def judge_reward_model(stage: Stage) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Held-out preference accuracy and margin of a reward model."""
+def judge_reward_model(
+    stage: Stage, pulse: Callable[..., None] | None = None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Held-out preference accuracy and margin of a reward model. pulse: called before each forward pass."""
     cfg, tokenizer = stage.cfg, stage.tokenizer
     assert stage.model_path is not None
-    model = load_reward_model(cfg, stage.model_path, tokenizer).eval()
-    if torch.cuda.is_available():
-        model = model.cuda()  # type: ignore[assignment]
+    model = _ready(load_reward_model(cfg, stage.model_path, tokenizer), pulse)
     pairs = data.load(cfg.data).preferences("held_out")
     pairs = pairs.select(range(min(len(pairs), cfg.eval.num_problems)))
     scores: dict[str, list[float]] = {}
@@ -106,13 +134,22 @@ def _reward_scores(
     return scores
 
 
-def judge_policy(stage: Stage) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Greedy accuracy, form, repetition and length on held-out problems; perplexity of held-out text and answers."""
+def _ready(model: PreTrainedModel, pulse: Callable[..., None] | None) -> PreTrainedModel:
+    if pulse is not None:
+        model.register_forward_pre_hook(pulse)
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+
+
+def judge_policy(
+    stage: Stage, pulse: Callable[..., None] | None = None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Greedy accuracy, form, repetition and length on held-out problems; perplexity of held-out text and answers.
+
+    pulse: called before each forward pass.
+    """
     cfg, tokenizer = stage.cfg, stage.tokenizer
     assert stage.model_path is not None
-    model = load_causal_lm(cfg, stage.model_path, tokenizer).eval()
-    if torch.cuda.is_available():
-        model = model.cuda()  # type: ignore[assignment]
+    model = _ready(load_causal_lm(cfg, stage.model_path, tokenizer), pulse)
     source = data.load(cfg.data)
     limit = cfg.eval.num_problems
     results: dict[str, Any] = {"metric": None, "score": None}

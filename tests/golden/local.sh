@@ -5,7 +5,6 @@
 RUN_DIR=/data/outputs/full/sft
 PYTHON='/opt/py thon/bin/python'
 JOB_ID=${POST_TRAINING_JOB_ID:?set by the local supervisor}
-NODE=$(hostname)
 # pure SLURM output: users' formats must not change what our tools read
 unset SQUEUE_FORMAT SINFO_FORMAT SACCT_FORMAT
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
@@ -16,8 +15,15 @@ export PYTHONPATH="$RUN_DIR/code"
 cd "$RUN_DIR" || exit 2
 
 life() { "$PYTHON" -m post_training.run.life "$@"; }
+# wait so many seconds: a sleep that leaves no process behind when its shell is killed
+pause() { read -rt "$1" <> <(:); }
 
-attempt=$(life begin "$RUN_DIR" --job-id "$JOB_ID" --node "$NODE")
+hear() { :; }                           # no SLURM to ask
+requeue() { exit 75; }  # the supervisor starts this script again
+wait_for_the_end() { exit 143; }
+
+# the supervisor holds the run's lock
+attempt=$(life begin "$RUN_DIR" --job-id "$JOB_ID" --nodes "$(hostname)" --sole)
 code=$?
 if [ "$code" -eq 3 ]; then exit 0; fi # finished before: a preempted job is requeued even so
 if [ "$code" -ne 0 ]; then exit "$code"; fi
@@ -25,8 +31,9 @@ export POST_TRAINING_ATTEMPT=$attempt
 
 signal=""      # what asked this attempt to stop
 interrupted=0  # a trap ran, so `wait` returned early
-late=0         # the stop request was not answered in time
-timer=""
+late=0         # the exit code of processes that did not answer: a stop request, or the watch
+aside=()       # processes of this script that do not outlive the attempt
+word=()        # what SLURM said of the job while it ended
 
 # Handlers only record the request: the training processes look for it between steps, save and leave.
 # shellcheck disable=SC2317  # called by the traps
@@ -34,14 +41,15 @@ ask() {
   interrupted=1
   if [ -n "$signal" ]; then return; fi
   signal=$1
-  life stop "$RUN_DIR" --attempt "$attempt" --signal "$signal"
-  # `read -t` on a pipe that stays silent: a sleep that leaves no process behind when its shell is killed
-  (read -rt 270 <> <(:); kill -USR2 $$) &
-  timer=$!
+  if [ "$signal" = TERM ]; then hear; fi
+  life stop "$RUN_DIR" --attempt "$attempt" --signal "$signal" "${word[@]}"
+  (pause 270; kill -USR2 $$) &
+  aside+=("$!")
 }
 trap 'ask USR1' USR1
 trap 'ask TERM' TERM
-trap 'interrupted=1; late=1' USR2
+trap 'interrupted=1; late=124' USR2
+trap 'interrupted=1; late=86' ALRM
 
 export MASTER_ADDR=127.0.0.1 MASTER_PORT=$((10000 + $$ % 20000)) WORLD_SIZE=1
 launch() {
@@ -64,24 +72,33 @@ launch() {
 launch &
 main=$!
 
+# Ranks that hang end themselves; where even that fails (stopped, or stuck in the kernel) this ends the attempt.
+(
+  SECONDS=0
+  while :; do
+    pause 30
+    last=$(stat -c %Y "$RUN_DIR/slurm/progress.json" 2>/dev/null) || last=0
+    quiet=$(($(date +%s) - last))
+    if [ "$SECONDS" -gt 2280 ] && [ "$quiet" -gt 2280 ]; then kill -ALRM $$; fi
+  done
+) &
+aside+=("$!")
+
 # bash runs traps only between commands, and a trap ends `wait` early with a status above 128
 while :; do
   interrupted=0
   wait "$main"
   code=$?
-  if [ "$late" -eq 1 ]; then code=124; break; fi
+  if [ "$late" -ne 0 ]; then code=$late; break; fi
   if [ "$interrupted" -eq 0 ]; then break; fi
 done
-if [ -n "$timer" ]; then kill "$timer" 2>/dev/null; fi
+kill "${aside[@]}" 2>/dev/null
 
-action=$(life end "$RUN_DIR" --attempt "$attempt" --code "$code" --signal "$signal") || exit 1
+if [ "$code" -ne 0 ] && [ -z "${word[*]}" ]; then hear; fi
+action=$(life end "$RUN_DIR" --attempt "$attempt" --code "$code" --signal "$signal" "${word[@]}") || exit 1
 case $action in
-  requeue)
-    exit 75 # the supervisor starts this script again
-    ;;
-  "exit 143")
-    exit 143
-    ;;
+  requeue*) requeue "${action#requeue}" ;;
+  wait) wait_for_the_end ;;
   "exit "*) exit "${action#exit }" ;;
 esac
 exit 1

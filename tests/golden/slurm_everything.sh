@@ -25,7 +25,6 @@
 RUN_DIR='/data/it'"'"'s 100% "quoted" $HOME `x` & %j/full/ppo'
 PYTHON='/opt/py thon/bin/python'
 JOB_ID=$SLURM_JOB_ID
-NODE=$(hostname)
 # pure SLURM output: users' formats must not change what our tools read
 unset SQUEUE_FORMAT SINFO_FORMAT SACCT_FORMAT
 module load cuda/12.4
@@ -42,17 +41,76 @@ export PYTHONPATH="$RUN_DIR/code"
 cd "$RUN_DIR" || exit 2
 
 life() { "$PYTHON" -m post_training.run.life "$@"; }
+# wait so many seconds: a sleep that leaves no process behind when its shell is killed
+pause() { read -rt "$1" <> <(:); }
 
-attempt=$(life begin "$RUN_DIR" --job-id "$JOB_ID" --node "$NODE")
-code=$?
+starts=${SLURM_RESTART_COUNT:-0}
+
+# What SLURM says of this job and its nodes: who is ending it, if anyone.
+hear() {
+  word=(
+    --restart-count "$starts"
+    --job "$(timeout 10 scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null)"
+    --node-states "$(timeout 10 sinfo -h -N -n "$SLURM_JOB_NODELIST" -o '%N:%t' 2>/dev/null | sort -u | tr '\n' ' ')"
+  )
+}
+
+# The same job id: dependents keep waiting. SLURM ends this script when it has taken the request.
+requeue() { # [nodes to avoid]
+  local avoid=${1# } tries=0
+  trap '' TERM USR1
+  until scontrol requeue "$SLURM_JOB_ID"; do # the controller may be away for a while
+    tries=$((tries + 1))
+    if [ "$tries" -ge 60 ]; then exit 1; fi
+    pause 5
+  done
+  # only a pending job takes it
+  if [ -n "$avoid" ]; then scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$avoid"; fi
+  exec sleep 600
+}
+
+# Preempted or cancelled: SLURM ends this script. A job that left by itself within its preemption grace would
+# not be requeued by SLURM (seen with 22.05), so it stays until then.
+wait_for_the_end() {
+  trap '' TERM USR1
+  pause 3600
+  requeue
+}
+
+# Another job of this run may still be queued or running: only SLURM knows.
+gone=""
+while :; do
+  attempt=$(life begin "$RUN_DIR" --job-id "$JOB_ID" --nodes "$(scontrol show hostnames | tr '\n' ',' | sed 's/,$//')" \
+    --restart-count "$starts" --gone "$gone")
+  code=$?
+  if [ "$code" -eq 5 ]; then requeue "$attempt"; fi
+  if [ "$code" -ne 4 ]; then break; fi
+  other=$attempt
+  if state=$(squeue -h --states=all -o %T -j "$other" 2>&1); then
+    case $state in
+      "" | BOOT_FAIL | CANCELLED | COMPLETED | DEADLINE | FAILED | NODE_FAIL | OUT_OF_MEMORY | TIMEOUT) gone=$other ;;
+      COMPLETING) pause 2 ;; # its processes are being ended
+      *)
+        echo "error: job $other has this run ($state): this job leaves it alone" >&2
+        exit 1
+        ;;
+    esac
+  elif [[ $state == *"Invalid job id"* ]]; then
+    gone=$other
+  else
+    echo "waiting for SLURM's word on job $other: $state" >&2
+    pause 10
+  fi
+done
 if [ "$code" -eq 3 ]; then exit 0; fi # finished before: a preempted job is requeued even so
 if [ "$code" -ne 0 ]; then exit "$code"; fi
 export POST_TRAINING_ATTEMPT=$attempt
 
 signal=""      # what asked this attempt to stop
 interrupted=0  # a trap ran, so `wait` returned early
-late=0         # the stop request was not answered in time
-timer=""
+late=0         # the exit code of processes that did not answer: a stop request, or the watch
+aside=()       # processes of this script that do not outlive the attempt
+word=()        # what SLURM said of the job while it ended
 
 # Handlers only record the request: the training processes look for it between steps, save and leave.
 # shellcheck disable=SC2317  # called by the traps
@@ -60,48 +118,79 @@ ask() {
   interrupted=1
   if [ -n "$signal" ]; then return; fi
   signal=$1
-  life stop "$RUN_DIR" --attempt "$attempt" --signal "$signal"
-  # `read -t` on a pipe that stays silent: a sleep that leaves no process behind when its shell is killed
-  (read -rt 270 <> <(:); kill -USR2 $$) &
-  timer=$!
+  if [ "$signal" = TERM ]; then hear; fi
+  life stop "$RUN_DIR" --attempt "$attempt" --signal "$signal" "${word[@]}"
+  (pause 270; kill -USR2 $$) &
+  aside+=("$!")
 }
 trap 'ask USR1' USR1
 trap 'ask TERM' TERM
-trap 'interrupted=1; late=1' USR2
+trap 'interrupted=1; late=124' USR2
+trap 'interrupted=1; late=86' ALRM
+
+# A step of its own that outlives this shell: where the shell alone is killed, the job would end as failed and take its
+# dependents with it. SLURM gives a step KillWait seconds to leave, and the job is not over until then: time enough to
+# requeue it.
+export LIFE_SHELL=$$
+srun --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" --gpus-per-node=0 --gpus=0 --input=none --quiet \
+  bash -c '
+    trap : TERM
+    trap "exit 0" USR1
+    while kill -0 "$LIFE_SHELL" 2>/dev/null; do read -rt 0.5 <> <(:); done
+    case $("$0" -m post_training.run.life guard "$1" --attempt "$2") in
+      requeue) for _ in 1 2 3 4 5 6; do scontrol requeue "$SLURM_JOB_ID" && break; read -rt 1 <> <(:); done ;;
+    esac
+  ' "$PYTHON" "$RUN_DIR" "$attempt" &
+guard=$!
+
+# each node says its name where the check fails
+unhealthy=$(srun --overlap --nodes=2 --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=0 \
+  bash -c 'timeout 120 bash -c "$1" >&2 || echo "$SLURMD_NODENAME"' health 'nvidia-smi -q > '"'"'/tmp/it is'"'"' && test -e "$HOME"' | tr '\n' ',' | sed 's/,$//')
+if [ -n "$unhealthy" ]; then
+  action=$(life end "$RUN_DIR" --attempt "$attempt" --code 1 --unhealthy "$unhealthy") || exit 1
+  case $action in requeue*) requeue "${action#requeue}" ;; *) exit 1 ;; esac
+fi
 
 # One task a GPU and no launcher in between: rank and world size come from SLURM's own variables.
 # The batch script runs on the first node, where rank 0 is. The port follows from the job id and the start.
 MASTER_ADDR=$(hostname)
-MASTER_PORT=$((10000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 20000))
+MASTER_PORT=$((10000 + (SLURM_JOB_ID * 7 + starts) % 20000))
 export MASTER_ADDR MASTER_PORT
 srun --nodes=2 --ntasks=8 --ntasks-per-node=4 \
   --cpus-per-task=8 --kill-on-bad-exit=1 --export=ALL \
   "$PYTHON" -m post_training.train "$RUN_DIR" &
 main=$!
 
+# Ranks that hang end themselves; where even that fails (stopped, or stuck in the kernel) this ends the attempt.
+(
+  SECONDS=0
+  while :; do
+    pause 30
+    last=$(stat -c %Y "$RUN_DIR/slurm/progress.json" 2>/dev/null) || last=0
+    quiet=$(($(date +%s) - last))
+    if [ "$SECONDS" -gt 2280 ] && [ "$quiet" -gt 2280 ]; then kill -ALRM $$; fi
+  done
+) &
+aside+=("$!")
+
 # bash runs traps only between commands, and a trap ends `wait` early with a status above 128
 while :; do
   interrupted=0
   wait "$main"
   code=$?
-  if [ "$late" -eq 1 ]; then code=124; break; fi
+  if [ "$late" -ne 0 ]; then code=$late; break; fi
   if [ "$interrupted" -eq 0 ]; then break; fi
 done
-if [ -n "$timer" ]; then kill "$timer" 2>/dev/null; fi
+kill "${aside[@]}" 2>/dev/null
 
-action=$(life end "$RUN_DIR" --attempt "$attempt" --code "$code" --signal "$signal") || exit 1
+if [ "$code" -ne 0 ] && [ -z "${word[*]}" ]; then hear; fi
+action=$(life end "$RUN_DIR" --attempt "$attempt" --code "$code" --signal "$signal" "${word[@]}") || exit 1
 case $action in
-  requeue)
-    # the same job id: dependents keep waiting. SLURM ends this script when it has taken the request.
-    scontrol requeue "$SLURM_JOB_ID" || exit 1
-    exec sleep 600
-    ;;
-  "exit 143")
-    # preempted or cancelled: SLURM ends this script. A job that left by itself within its preemption grace would
-    # not be requeued by SLURM (seen with 22.05), so it stays until then.
-    trap '' TERM
-    exec sleep 600
-    ;;
+  "exit "*) kill -USR1 "$guard" 2>/dev/null && wait "$guard" 2>/dev/null ;;
+esac
+case $action in
+  requeue*) requeue "${action#requeue}" ;;
+  wait) wait_for_the_end ;;
   "exit "*) exit "${action#exit }" ;;
 esac
 exit 1
