@@ -65,7 +65,8 @@ def overrides(stages: Sequence[Stage]) -> list[str]:
     given = [
         "pipeline=full", f"run_name={RUN_NAME}", *(f"~pipeline.stages.{name}" for name in dropped),
         "training.num_train_epochs=null", "training.per_device_train_batch_size=16", "training.max_length=128",
-        "training.warmup_steps=2", "logging.steps=1", "logging.report_to=[]", "data.num_documents=12000",
+        "training.warmup_steps=2", "logging.steps=1", "logging.report_to=[]", "data.num_documents=2000",
+        "data.num_demonstrations=2000", "data.num_pairs=1000",
         "ppo.max_completion_length=24", "grpo.max_completion_length=24", "ppo.reward.random=1", "grpo.reward.random=1",
         "slurm.partition=low", f"slurm.wall_time={hands.WALL_MINUTES}", "slurm.signal_time_seconds=30",
         "slurm.max_failures=1000",

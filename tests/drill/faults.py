@@ -67,9 +67,7 @@ class View:
     def saving(self, attempt: int) -> bool:
         """Whether this attempt is writing a checkpoint: its folder is there, and not yet among the whole ones."""
         with contextlib.suppress(OSError):
-            staged = self.run.checkpoints / f".attempt-{attempt}"
-            folder = staged if staged.exists() else self.run.checkpoints
-            return any(not (p / manifest.NAME).exists() for p in folder.glob("checkpoint-*"))
+            return any(entry.name.startswith("checkpoint-") for entry in os.scandir(self.run.staging(attempt)))
         return False
 
     def newest_checkpoint(self) -> Path | None:
@@ -187,7 +185,12 @@ class Target:
 
 
 def _is_training(process: psutil.Process) -> bool:
-    return "post_training.train" in process.cmdline()
+    return process.cmdline()[1:3] == ["-m", "post_training.train"]
+
+
+def _starts_training(process: psutil.Process) -> bool:
+    argv = process.cmdline()
+    return argv[:1] == ["srun"] and "post_training.train" in argv
 
 
 def _name(process: psutil.Process) -> str:
@@ -288,7 +291,7 @@ def kill_worker(target: Target) -> Iterator[str]:
 @contextlib.contextmanager
 def kill_srun(target: Target) -> Iterator[str]:
     number = str(target.attempt)
-    found = target.processes(lambda p, env: env.get("POST_TRAINING_ATTEMPT") == number and p.cmdline()[0] == "srun")
+    found = target.processes(lambda p, env: env.get("POST_TRAINING_ATTEMPT") == number and _starts_training(p))
     _strike(target, found[:1], signal.SIGKILL)  # its child, which passes signals on, ends with it
     yield f"srun (pid {found[0].pid}) killed"
 
