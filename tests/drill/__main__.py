@@ -151,11 +151,11 @@ class Pipeline:
                 self._look()
 
     def _note_step(self, view: hands.View, steps: dict[int, int]) -> None:
-        # read before the ledger: a step of attempt N is then never taken for one of N+1, which cuts the metrics
-        step = view.step()
+        # the ledger first: the next attempt cuts the metrics before it says that it trains, so that what is read of
+        # them after the ledger is never an earlier attempt's
         history = view.history
         if history.training and history.running:
-            steps[history.attempts] = max(step, steps.get(history.attempts, 0))
+            steps[history.attempts] = max(view.step(), steps.get(history.attempts, 0))
 
     def _look(self) -> None:
         now = time.time()
@@ -169,8 +169,9 @@ class Pipeline:
             seen, mine = self.seen[name], states.get(str(view.run.root), [])
             if mine and seen.first is None:
                 seen.first = now
-            live = any(state in verdict.LIVE for state in mine)
-            seen.last = None if live or not mine else seen.last or now
+            if mine:  # else not submitted yet, or forgotten by SLURM
+                live = any(state in verdict.LIVE for state in mine)
+                seen.last = None if live else seen.last or now
 
     def ended(self, name: str) -> bool:
         """Whether the stage's job was seen ended."""
@@ -321,6 +322,7 @@ class Drill:
             new = plan.redraw(self.seed, fault, turn, self.pipeline.unfinished())
             if new is not None:
                 self.queues[new.stage].append(new)
+                self.queues[new.stage].sort(key=lambda fault: fault.at)
         if new is None:
             self._close(Result(fault.number, fault.kind, fault.stage, "missed"))
         else:

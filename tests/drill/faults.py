@@ -193,6 +193,10 @@ def _starts_training(process: psutil.Process) -> bool:
     return argv[:1] == ["srun"] and "post_training.train" in argv
 
 
+def _is_script(process: psutil.Process | None) -> bool:
+    return process is not None and any(Path(arg).name == "slurm_script" for arg in process.cmdline())
+
+
 def _name(process: psutil.Process) -> str:
     rank = process.environ().get("SLURM_PROCID", "?")
     return f"rank {rank} (pid {process.pid})"
@@ -225,10 +229,12 @@ def wall_time(target: Target) -> Iterator[str]:
     minutes = int(elapsed + 25) // 60 + 1
     target.slurm("scontrol", "update", f"JobId={job_id}", f"TimeLimit={minutes}")
     try:
-        yield f"TimeLimit={minutes} min after {elapsed:.0f} s"
-    finally:
-        with contextlib.suppress(dc.DevClusterError):  # it may have ended
-            target.cluster.run("scontrol", "update", f"JobId={job_id}", f"TimeLimit={WALL_MINUTES}")
+        while target.view.history.running and target.view.history.attempts == target.attempt:
+            target._sleep(0.2)
+    finally:  # the next attempt has its time again
+        with contextlib.suppress(dc.DevClusterError):
+            target.slurm("scontrol", "update", f"JobId={job_id}", f"TimeLimit={WALL_MINUTES}")
+    yield f"TimeLimit={minutes} min after {elapsed:.0f} s"
 
 
 def _seconds(text: str) -> float:
@@ -298,7 +304,8 @@ def kill_srun(target: Target) -> Iterator[str]:
 
 @contextlib.contextmanager
 def kill_shell(target: Target) -> Iterator[str]:
-    shell = target.processes(lambda p, env: any("slurm_script" in arg for arg in p.cmdline()))[-1]
+    # not the script's own background processes, nor an earlier attempt's shell on a node that was given up
+    shell = target.processes(lambda p, env: _is_script(p) and not _is_script(p.parent()))[-1]
     _strike(target, [shell], signal.SIGKILL)
     yield f"batch shell (pid {shell.pid}) killed"
 

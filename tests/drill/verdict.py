@@ -9,9 +9,8 @@ from typing import Any
 
 Event = Mapping[str, Any]
 
-COMPARED = ("loss", "grad_norm", "learning_rate", "reward", "rewards/chosen", "completion_length")
-"""Logged values that are equal to the bit in two runs that see the same samples with the same weights. (Not num_tokens,
-a counter of TRL's that starts anew with each attempt.)"""
+COMPARED = ("loss", "grad_norm", "learning_rate", "reward", "rewards/chosen", "completion_length", "num_tokens")
+"""Logged values that are equal to the bit in two runs that see the same samples with the same weights."""
 PLANNED = ("stopped", "preempted")
 """Outcomes of attempts that were asked to leave."""
 CLOCK_SECONDS = 3.0
