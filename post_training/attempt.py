@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 
+COUNTERS = "counters.json"
+"""In a checkpoint: what the trainer counts beside its state."""
+
+
 class StopFlag:
     """SIGTERM as a flag: SLURM sends it to every task on preemption and cancel. Saving happens between steps."""
 
@@ -98,6 +102,7 @@ class AttemptCallback(TrainerCallback):
         self.run, self.attempt, self.checkpointing, self.stop_flag = run, attempt, checkpointing, stop_flag
         self.progress, self.watchdog = progress, watchdog
         self.trainer: Trainer | None = None
+        self.resumed_from: Path | None = None
         self.stopped = False
         self._save_started = self._last_save = time.monotonic()
         self._seconds_between_saves = self._save_interval()
@@ -109,6 +114,9 @@ class AttemptCallback(TrainerCallback):
             with self.run.writing_as(self.attempt):
                 self._cut_metrics(state.global_step)
             self._record("training_started", step=state.global_step)
+        if self.resumed_from is not None and (self.resumed_from / COUNTERS).exists():
+            for name, value in json.loads((self.resumed_from / COUNTERS).read_text()).items():
+                setattr(self.trainer, name, value)
         self.watchdog.beat()
         self.progress.training(state.global_step)
         self._last_save = time.monotonic()
@@ -149,6 +157,9 @@ class AttemptCallback(TrainerCallback):
         if state.is_world_process_zero:
             name = f"checkpoint-{state.global_step}"
             staged = self.run.staging(self.attempt) / name
+            # TRL counts tokens outside of the trainer's state, from 0 in every process
+            counted = {n: getattr(self.trainer, n) for n in ("_total_train_tokens",) if hasattr(self.trainer, n)}
+            (staged / COUNTERS).write_text(json.dumps(counted) + "\n")
             manifest.write(staged, step=state.global_step, attempt=self.attempt, world_size=args.world_size)
             with self.run.writing_as(self.attempt):
                 resume.install(staged, self.run.checkpoints / name)

@@ -28,6 +28,7 @@ code=$?
 if [ "$code" -eq 3 ]; then exit 0; fi # finished before: a preempted job is requeued even so
 if [ "$code" -ne 0 ]; then exit "$code"; fi
 export POST_TRAINING_ATTEMPT=$attempt
+mine=$attempt
 
 signal=""      # what asked this attempt to stop
 interrupted=0  # a trap ran, so `wait` returned early
@@ -94,7 +95,8 @@ while :; do
 done
 kill "${aside[@]}" 2>/dev/null
 
-if [ "$code" -ne 0 ] && [ -z "${word[*]}" ]; then hear; fi
+# srun ends with 0 where its node was given up
+if [ ! -e "$RUN_DIR/model/manifest.json" ] && [ -z "${word[*]}" ]; then hear; fi
 action=$(life end "$RUN_DIR" --attempt "$attempt" --code "$code" --signal "$signal" "${word[@]}") || exit 1
 case $action in
   requeue*) requeue "${action#requeue}" ;;
