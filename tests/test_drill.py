@@ -199,6 +199,8 @@ def test_rule_attempts() -> None:
     assert rule in broken(sft={"events": LEDGER[:-1]}), "never ended"
     zombie = [*LEDGER[:-1], event(36, "checkpoint_saved", attempt=2, step=4), LEDGER[-1]]
     assert broken(sft={"events": zombie}) == [rule], "an earlier attempt wrote after the next had begun"
+    alive = [*LEDGER[:5], event(12, "checkpoint_saved", attempt=1, step=2), *LEDGER[5:]]
+    assert broken(sft={"events": alive}) == [], "its node was given up, and no other attempt has begun"
 
 
 def test_rule_samples() -> None:

@@ -128,7 +128,10 @@ def _one_job(evidence: Evidence, sightings: Sequence[Sighting]) -> list[str]:
 
 
 def _attempts(evidence: Evidence) -> list[str]:
-    """Attempts are numbered 1, 2, ...; each ends once, and before the next begins."""
+    """Attempts are numbered 1, 2, ...; each ends once, before the next begins, and leaves no trace after that.
+
+    On a node that SLURM has given up an attempt may live on and save, until the next one begins.
+    """
     found = []
     running: int | None = None
     last = 0
@@ -144,8 +147,8 @@ def _attempts(evidence: Evidence) -> list[str]:
                 found.append(f"attempt {event['attempt']} ended while {running or 'none'} was running")
             else:
                 running = None
-        elif "attempt" in event and event["attempt"] != running:
-            found.append(f"{event['event']} of attempt {event['attempt']} while {running or 'none'} was running")
+        elif "attempt" in event and event["attempt"] != last:
+            found.append(f"{event['event']} of attempt {event['attempt']} after attempt {last} had begun")
     if running is not None:
         found.append(f"attempt {running} never ended")
     return found
