@@ -130,6 +130,7 @@ class Parallel:
 class Logging:
     steps: int = key(10, "optimizer steps between log lines")
     report_to: list[str] = key(["tensorboard"], "besides metrics.jsonl: tensorboard, wandb")
+    wandb_project: str = key("post-training", "W&B's project; WANDB_PROJECT, _ENTITY, _MODE and _API_KEY hold as ever")
 
 
 @dataclass
@@ -242,6 +243,7 @@ class Config:
     seed: int = key(0, "seed of initialisation, data order, dropout and sampling")
     offline: bool = key(False, "never ask a hub: models and data must be local files")
     dry_run: bool = key(False, "print graph and scripts; write and submit nothing")
+    restart: bool = key(False, "start again from scratch what would go on; checkpoints and logs are set aside")
     model: Model = key(Model(), "the model")
     data: Data = key(Data(), "the records")
     training: Training = key(Training(), "length, batch and optimizer")

@@ -9,3 +9,7 @@ class LaunchError(Exception):
     def __init__(self, problem: str, fix: str | None = None) -> None:
         self.problem, self.fix = problem, fix
         super().__init__(f"{problem}\n  fix: {fix}" if fix else problem)
+
+
+class Unanswered(LaunchError):
+    """SLURM did not say whether it did what it was asked: what was made stays, and the same command looks first."""

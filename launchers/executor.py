@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
+import os
+import secrets
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +11,10 @@ from typing import Any
 
 import submitit
 from filelock import FileLock, Timeout
-from submitit.core.utils import CommandFunction, FailedJobError, FailedSubmissionError, JobPaths, UncompletedJobError
+from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths, UncompletedJobError
 
 from launchers import slurm
-from launchers.errors import LaunchError
+from launchers.errors import LaunchError, Unanswered
 from post_training.run import ledger, manifest
 from post_training.run.directory import RunDirectory, write_atomic
 from post_training.run.history import summarise
@@ -165,43 +165,45 @@ class RunExecutor(submitit.SlurmExecutor):  # type: ignore[misc]
     def _make_submission_file_text(self, command: str, uid: str) -> str:
         return self.script
 
-    def _make_submission_command(self, submission_file_path: Path) -> list[str]:
-        return ["sbatch", str(submission_file_path)]
-
     def _num_tasks(self) -> int:
         return 1
 
     def _submit_command(self, command: str) -> RunJob:
-        """submitit's, but the script is slurm/job.sh: its own copy would go above a folder with a % in its name."""
+        """submitit's, but the script is slurm/job.sh: its own copy would go above a folder with a % in its name.
+
+        The job's comment says its run directory, by which the job is found whoever submitted it, and a token of this
+        one submission: where the answer is lost, that tells its job from an earlier one of the same run.
+        """
         write_atomic(self.run.script, self._make_submission_file_text(command, ""))
-        output = CommandFunction(self._make_submission_command(self.run.script), verbose=False)()
-        return RunJob(self.run.slurm, self._get_job_id_from_submission_command(output))
+        comment = f"{os.path.realpath(self.run.root)}{slurm.TOKEN}{secrets.token_hex(4)}"
+        answer = slurm.sbatch(str(self.run.script), comment, conf=self.slurm_conf)
+        if isinstance(answer, slurm.Refused):
+            raise LaunchError(f"{self.run.name}: SLURM refused the job: {answer.why}")
+        if isinstance(answer, str):
+            try:
+                return RunJob(self.run.slurm, self._get_job_id_from_submission_command(answer))
+            except FailedSubmissionError:  # a wrapper that says nothing of the job
+                answer = slurm.Unknown(f"sbatch printed no job id: {answer.strip()!r}")
+        found = slurm.find_submitted(comment, conf=self.slurm_conf)
+        if isinstance(found, slurm.JobRecord):
+            return RunJob(self.run.slurm, found.job_id)
+        shows = f"and squeue does not answer: {found.why}" if found else "and squeue does not show it"
+        raise Unanswered(
+            f"{self.run.name}: SLURM did not say whether it took the job ({answer.why}), {shows}",
+            "the same command again",
+        )
 
     def submit_run(self) -> RunJob:
-        """Write slurm/job.sh, submit it, record the job. Raises LaunchError with SLURM's words where it is refused."""
+        """Write slurm/job.sh, submit it, record the job.
+
+        Raises LaunchError with SLURM's words where it is refused, Unanswered where the job may be in the queue.
+        """
         try:
             with FileLock(self.run.lock, timeout=LOCK_TIMEOUT_S):
-                job = self._submitted()
+                job = self._submit_command("")
                 ledger.append(self.run.ledger, "submitted", job_id=job.job_id, cluster=self.cluster)
                 return job
         except Timeout as error:
             raise LaunchError(
                 f"{self.run.root} is being submitted by another command", "wait for it and look again"
             ) from error
-
-    def _submitted(self) -> RunJob:
-        said = io.StringIO()
-        try:
-            # submitit prints what sbatch says on a failure: ours is the one message
-            with slurm.in_environment(self.slurm_conf), contextlib.redirect_stderr(said):
-                return self._submit_command("")
-        except (FailedJobError, FailedSubmissionError) as error:
-            text = str(error).strip() or said.getvalue().strip()
-            if "timed out" in text.lower() or "timeout" in text.lower():
-                # the controller may have taken the job all the same: its comment tells
-                for _ in range(3):
-                    time.sleep(2)
-                    found = slurm.find_job(str(self.run.root), conf=self.slurm_conf)
-                    if isinstance(found, slurm.JobRecord):
-                        return RunJob(self.run.slurm, found.job_id)
-            raise LaunchError(f"{self.run.name}: SLURM refused the job: {text}") from error

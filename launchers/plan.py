@@ -6,8 +6,12 @@ what happens to the runs that are there already.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import pwd
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -15,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.check import ConfigError
-from conf.schema import CONFIG_VERSION, Config, Node
+from conf.schema import CONFIG_VERSION, Cluster, Config, Node
 from launchers import graph, slurm
 from launchers.errors import LaunchError
 from launchers.selection import Selection, sources
@@ -99,30 +103,45 @@ class Found:
     whole: bool = False  # its output is complete
     history: History = field(default_factory=History)
     live: bool | slurm.Unknown = False  # its job is queued or running
-    job_id: str | None = None  # of that job
-    pending: bool = False  # its job is queued and has not started
+    job: slurm.JobRecord | None = None  # that job
     supervised: bool = False  # by a local supervisor on this machine
 
 
 def decide(name: str, wanted: Frozen, found: Found, root: Path) -> str:
     """What to do about one run: `new`, `done` (reuse), `live` (leave it alone) or `again` (continue it). Pure.
 
-    Raises ConfigError where the directory holds a run with another config, LaunchError where its state is unknown.
+    Raises ConfigError where the directory holds a run with another config, LaunchError where its state is unknown or
+    its directory was removed under a job that is queued or running.
     """
-    if found.config is None:
-        return "new"
-    if found.config["identity"] != wanted["identity"]:
+    if found.config is None and found.job is not None:
+        raise LaunchError(
+            f"{name}: job {found.job.job_id} is to run or runs in {root}, and its config is gone from there",
+            f"scancel {found.job.job_id}, then the same command again",
+        )
+    if found.config is not None and found.config["identity"] != wanted["identity"]:
         raise _differs(name, found.config, wanted, root)
     if found.whole:
         return "done"
     if found.supervised or found.live is True:
         return "live"
     if isinstance(found.live, slurm.Unknown):
+        which = f"job {found.history.job_id}" if found.history.job_id else "a job"
         raise LaunchError(
-            f"{name}: cannot tell whether job {found.history.job_id} of {root} is queued or running: {found.live.why}",
+            f"{name}: cannot tell whether {which} of {root} is queued or running: {found.live.why}",
             "try again when SLURM answers; a second job must not write the same run directory",
         )
-    return "again"
+    return "new" if found.config is None else "again"
+
+
+def stale(job: slurm.JobRecord, needs: Iterable[str]) -> bool:
+    """Whether a queued job waits for jobs that can no longer end well, and not for those that will. Pure.
+
+    needs: jobs of its upstream runs that are not done.
+    """
+    if job.state != "PENDING":
+        return False
+    waits_for = set(re.findall(r":(\d+)", job.dependency))
+    return job.reason == "DependencyNeverSatisfied" or not waits_for.issuperset(needs)
 
 
 def _differs(name: str, old: Frozen, new: Frozen, root: Path) -> ConfigError:
@@ -152,35 +171,34 @@ def ended(history: History) -> bool:
     return history.gave_up or (history.outcome == "finished" and history.action == "exit")
 
 
-def look(roots: Iterable[Path], ask: bool = True) -> dict[Path, Found]:
-    """What is in these run directories. ask: False asks no SLURM."""
-    configs: dict[Path, Frozen] = {}
+def look(roots: Iterable[Path], cluster: Cluster | None = None) -> dict[Path, Found]:
+    """What is in these run directories. cluster: where folders that hold no run may have jobs; None asks no SLURM."""
+    configs: dict[Path, Frozen | None] = {}
+    questions: dict[str | None, list[Path]] = {}  # by slurm.conf: a job may be on another cluster than the next one
     for root in roots:
         try:
             configs[root] = RunDirectory(root).read_config()
         except (FileNotFoundError, NotADirectoryError):
-            continue
+            configs[root] = None
+        where = (configs[root] or {}).get("cluster") or (asdict(cluster) if cluster else {"scheduler": "local"})
+        if where["scheduler"] == "slurm":
+            questions.setdefault(where["slurm_conf"], []).append(root)
     histories = {root: summarise(ledger.read(RunDirectory(root).ledger)) for root in configs}
-    questions: dict[str | None, list[Path]] = {}
-    for root, config in configs.items():
-        if config["cluster"]["scheduler"] == "slurm":
-            questions.setdefault(config["cluster"]["slurm_conf"], []).append(root)
     jobs: dict[Path, slurm.JobRecord | slurm.Unknown] = {}
-    for conf, asked in questions.items() if ask else ():
+    for conf, asked in questions.items() if cluster is not None else ():
         jobs |= live_jobs({root: histories[root] for root in asked}, conf)
     return {root: _found(root, config, histories[root], jobs.get(root)) for root, config in configs.items()}
 
 
-def _found(root: Path, config: Frozen, history: History, job: slurm.JobRecord | slurm.Unknown | None) -> Found:
+def _found(root: Path, config: Frozen | None, history: History, job: slurm.JobRecord | slurm.Unknown | None) -> Found:
     from launchers.local import owned
 
     return Found(
         config=config,
-        whole=manifest.problem(RunDirectory(root).model) is None,
+        whole=config is not None and manifest.problem(RunDirectory(root).model) is None,
         history=history,
         live=job if isinstance(job, slurm.Unknown) else job is not None,
-        job_id=job.job_id if isinstance(job, slurm.JobRecord) else None,
-        pending=isinstance(job, slurm.JobRecord) and job.state == "PENDING",
+        job=job if isinstance(job, slurm.JobRecord) else None,
         supervised=owned(RunDirectory(root)),
     )
 
@@ -188,35 +206,46 @@ def _found(root: Path, config: Frozen, history: History, job: slurm.JobRecord | 
 def live_jobs(histories: Mapping[Path, History], conf: str | None) -> dict[Path, slurm.JobRecord | slurm.Unknown]:
     """The queued or running jobs of these run directories; Unknown where SLURM did not answer and one may be there.
 
-    Jobs are known by their comment, which says the run directory: so one is found although the command that
-    submitted it died before it wrote the ledger, and no other cluster's job of the same number is taken for it.
+    Jobs are known by the folder in their comment: so one is found although the command that submitted it died before
+    it wrote the ledger, and no other cluster's job of the same number is taken for it. Where a site puts comments of
+    its own on jobs, the number alone has to do.
     """
-    mine = slurm.jobs(conf=conf)
+    folders = {os.path.realpath(root): root for root in histories}  # one folder may be named in several ways
     found: dict[Path, slurm.JobRecord | slurm.Unknown] = {}
-    if isinstance(mine, slurm.Unknown):
-        return {root: mine for root, history in histories.items() if not ended(history)}
-    by_comment = {job.comment: job for job in mine.values() if job.live}
-    missing = {}
-    for root, history in histories.items():
-        if (job := by_comment.get(str(root))) is not None:
+    seen = slurm.jobs(user=",".join(sorted(_submitters(histories))), conf=conf)
+    if isinstance(seen, slurm.Unknown):
+        return {root: seen for root, history in histories.items() if history.job_id is None or not ended(history)}
+    known = {history.job_id: root for root, history in histories.items() if history.job_id is not None}
+    live = [job for job in seen.values() if job.live]
+    for job in sorted(live, key=lambda job: job.job_id in known):  # last: the one that the ledger knows
+        root = folders.get(os.path.realpath(job.folder)) if job.folder else known.get(job.job_id)
+        if root is not None:
             found[root] = job
-        elif history.job_id is not None and not ended(history):
-            missing[root] = history.job_id
-    if missing:  # of another user, or the folder was named otherwise when they were submitted
-        others = slurm.jobs(list(missing.values()), conf=conf)
-        for root, job_id in missing.items():
-            if isinstance(others, slurm.Unknown):
-                found[root] = others
-            elif (job := others.get(job_id)) is not None and job.live and _same_folder(job.comment, root):
-                found[root] = job
+    missing = {
+        root: history.job_id
+        for root, history in histories.items()
+        if root not in found and history.job_id is not None and history.job_id not in seen and not ended(history)
+    }
+    others = slurm.jobs(list(missing.values()), conf=conf) if missing else {}
+    for root, job_id in missing.items():  # submitted by somebody who does not own the script any more
+        if isinstance(others, slurm.Unknown):
+            found[root] = others
+        elif job_id in others and others[job_id].live and _belongs(others[job_id], root):
+            found[root] = others[job_id]
     return found
 
 
-def _same_folder(comment: str, root: Path) -> bool:
-    try:
-        return not comment or Path(comment).samefile(root)
-    except OSError:
-        return False
+def _belongs(job: slurm.JobRecord, root: Path) -> bool:
+    return not job.folder or os.path.realpath(job.folder) == os.path.realpath(root)
+
+
+def _submitters(roots: Iterable[Path]) -> set[str]:
+    """Users whose jobs these folders' jobs may be: whoever runs this, and who wrote the job scripts."""
+    users = {pwd.getpwuid(os.getuid()).pw_name}
+    for root in roots:
+        with contextlib.suppress(OSError, KeyError):
+            users.add(pwd.getpwuid(RunDirectory(root).script.stat().st_uid).pw_name)
+    return users
 
 
 def finished_runs(output_base: Path) -> dict[str, Path]:
@@ -245,7 +274,17 @@ class Planned:
     job_id: str | None = None  # of its job, where it is live
     replaces: str | None = None  # job to be cancelled: it waits for an upstream job that can no longer end well
     waits_for: list[str] = field(default_factory=list)  # job ids from outside this plan
-    started: bool = False  # an attempt was made: its code is frozen
+    history: History = field(default_factory=History)  # of what is there
+
+    @property
+    def started(self) -> bool:
+        """Whether an attempt was made: its code is frozen."""
+        return self.history.attempts > 0
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether what earlier attempts made is to be set aside."""
+        return self.decision == "again" and self.cfg.restart
 
     @property
     def to_submit(self) -> bool:
@@ -322,7 +361,8 @@ def make_plan(selection: Selection, ask: bool = True) -> Plan:
     # a stage's run directory; of another pipeline, where an earlier command found its finished run there
     roots = {up: Path(described[up]["run_dir"]) if up in described else folder / up for up in outside}
     roots |= {name: folder / name for name in selection.wanted}
-    found = look(roots.values(), ask=ask)
+    cluster = selection.config(selection.wanted[0]).cluster  # one for all
+    found = look(roots.values(), cluster if ask else None)
     finished = cache(lambda: finished_runs(selection.output_base))  # looked for once, if at all
 
     upstream: dict[str, tuple[Path, str | None, list[str]]] = {}  # run directory, identity, jobs to wait for
@@ -352,21 +392,40 @@ def make_plan(selection: Selection, ask: bool = True) -> Plan:
         here, replaces = found.get(root, Found()), None
         if decision == "live":
             _check_same_scheduler(name, here, cfg, root)
-            if here.pending and any(up in planned and planned[up].to_submit for up in needed[name]):
-                decision, replaces = "again", here.job_id
+            needs = [job for up in needed[name] for job in upstream[up][2]]
+            anew = any(up in planned and planned[up].to_submit for up in needed[name])
+            if here.job is not None and (stale(here.job, needs) or (anew and here.job.state == "PENDING")):
+                decision, replaces = "again", here.job.job_id
         planned[name] = Planned(
             name=name, cfg=cfg, frozen=frozen, run=RunDirectory(root), decision=decision, after=needed[name],
-            job_id=here.job_id if decision == "live" else None, replaces=replaces,
+            job_id=here.job.job_id if decision == "live" and here.job is not None else None, replaces=replaces,
             waits_for=list(dict.fromkeys(job for up in needed[name] if up in outside for job in upstream[up][2])),
-            started=here.history.attempts > 0,
+            history=here.history,
         )  # fmt: skip
-        upstream[name] = (root, frozen["identity"], [])
+        own = planned[name].job_id
+        upstream[name] = (root, frozen["identity"], [own] if own is not None else [])
+    _check_restart(planned)
     keep = {name: entry for name, entry in described.items() if name not in planned} if selection.only_one else {}
     for up in outside:
         if up not in keep:
             after = _upstream_names(sources(selection, up), selection.stages[up])
             keep[up] = {"run_dir": str(roots[up]), "stage": selection.stages[up].stage, "after": after}
     return Plan(selection.run_name, selection.output_base, planned, keep)
+
+
+def _check_restart(planned: Mapping[str, Planned]) -> None:
+    """Refuse restart=true where it would do nothing, rather than leave a run as it is in silence."""
+    asked = {name: p.decision for name, p in planned.items() if p.cfg.restart}
+    if not asked or not {"done", "live"} & set(asked.values()) or {"again", "new"} & set(asked.values()):
+        return
+    words = {"done": "done", "live": "queued or running"}
+    shown = ", ".join(f"{name} is {words[decision]}" for name, decision in asked.items())
+    jobs = [p.job_id for name, p in planned.items() if name in asked and p.job_id is not None]
+    cancel = f"scancel {' '.join(jobs)} first, or " if jobs else ""
+    raise ConfigError(
+        "restart", "true", f"there is nothing to start from scratch: {shown}",
+        f"{cancel}run_name={next(iter(planned.values())).frozen['pipeline']}-2 for a new run of the same",
+    )  # fmt: skip
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -389,8 +448,8 @@ def _wait_for(name: str, upstream: str, found: Found, root: Path, cfg: Config) -
         return []
     if found.live is True and cfg.cluster.scheduler == "slurm" and found.config is not None:
         same = found.config["cluster"]["slurm_conf"] == cfg.cluster.slurm_conf
-        if same and found.job_id is not None:
-            return [found.job_id]
+        if same and found.job is not None:
+            return [found.job.job_id]
     if isinstance(found.live, slurm.Unknown):
         problem = f"is to use the output of {upstream}, of which SLURM does not say whether it runs: {found.live.why}"
     elif found.supervised or found.live is True:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from conf.check import ConfigError, nearest, parse_wall_time, tasks_per_node
 from conf.schema import Config
 from launchers import graph, slurm
 from launchers.errors import LaunchError
-from post_training.run import manifest
+from post_training.run import ledger, manifest
+from post_training.run.directory import RunDirectory
+
+if TYPE_CHECKING:
+    from launchers.plan import Plan
 
 
 @contextlib.contextmanager
@@ -182,3 +191,66 @@ def check_request(cfg: Config, partitions: Mapping[str, slurm.Partition]) -> Non
 def _megabytes(text: str) -> int:
     number, unit = re.fullmatch(r"(\d+)([KMGT]?)", text).groups()  # type: ignore[union-attr]  # check_run has matched it
     return int(int(number) * {"K": 1 / 1024, "": 1, "M": 1, "G": 1024, "T": 1024**2}[unit])
+
+
+# ------------------------------------------------------------------------------- was the lead long enough
+
+
+def check_leads(plan: Plan) -> None:
+    """Warn on stderr where stages to submit get less time to save and leave than such a run was seen to need."""
+    waiting = {name: planned for name, planned in plan.stages.items() if planned.to_submit}
+    kinds = {_kind(planned.frozen) for planned in waiting.values()}
+    measured = measured_leads(plan.output_base, kinds)
+    for name, planned in waiting.items():
+        seen = measured.get(_kind(planned.frozen))
+        given = planned.cfg.slurm.signal_time_seconds
+        if seen is None or seen[1]["needed"] <= given:
+            continue
+        root, lead = seen
+        parts = (f"{word} {lead[key]:.0f} s" for key, word in LEAD_PARTS.items() if lead.get(key) is not None)
+        fix = f"{name}.slurm.signal_time_seconds={enough(lead['needed'])}"
+        if enough(lead["needed"]) >= parse_wall_time(planned.cfg.slurm.wall_time):
+            fix += ", and a slurm.wall_time that is longer than that"
+        print(
+            f"warning: slurm.signal_time_seconds={given} (stage {name}): to save and leave took {lead['needed']:.0f} s "
+            f"in {root} ({', '.join(parts)})\n  fix: {fix}",
+            file=sys.stderr,
+        )
+
+
+LEAD_PARTS = {"longest_step": "longest step", "save": "save", "teardown": "teardown"}
+Kind = tuple[str, str, int]
+
+
+def _kind(frozen: Mapping[str, Any]) -> Kind:
+    """What a run's lead depends on most: technique, model and world size."""
+    model = {key: value for key, value in frozen["model"].items() if key not in ("tokenizer", "chat_template")}
+    ranks = frozen["slurm"]["num_nodes"] * max(1, frozen["slurm"]["gpus_per_node"])
+    return frozen["stage"], repr(sorted(model.items())), ranks
+
+
+def measured_leads(output_base: Path, kinds: Collection[Kind]) -> dict[Kind, tuple[Path, dict[str, float]]]:
+    """The newest measured lead (seconds) of runs of these kinds below a folder, and the run directory it is from."""
+    found: dict[Kind, tuple[float, Path, dict[str, float]]] = {}
+    for path in output_base.glob("*/*/ledger.jsonl") if kinds else ():
+        newest = next((event for event in reversed(ledger.read(path)) if _needed(event) is not None), None)
+        if newest is None:
+            continue
+        try:
+            kind = _kind(RunDirectory(path.parent).read_config())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+            continue  # no run of ours, or damaged
+        if kind in kinds and (kind not in found or found[kind][0] < newest["time"]):
+            found[kind] = (newest["time"], path.parent, newest["lead"])
+    return {kind: (root, lead) for kind, (_, root, lead) in found.items()}
+
+
+def _needed(event: Mapping[str, Any]) -> float | None:
+    lead = event.get("lead") if event["event"] == "attempt_ended" else None
+    needed = lead.get("needed") if isinstance(lead, dict) else None
+    return needed if isinstance(needed, int | float) else None
+
+
+def enough(needed: float) -> int:
+    """slurm.signal_time_seconds for a stop that takes so long: a tenth (30 s at most) of it is the requeue's own."""
+    return math.ceil((needed + min(30, needed / 9) + 1) / 10) * 10

@@ -6,14 +6,13 @@ is not to know that it is gone.
 
 from __future__ import annotations
 
-import contextlib
 import getpass
 import os
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 # Settings of the user's own session, or of a job that this command runs in, must not reach what we ask or submit.
@@ -26,7 +25,12 @@ LIVE = frozenset(
     )
 )  # fmt: skip
 """States of jobs that may still run. PREEMPTED is one: while squeue shows it, the requeue may be to come."""
+TOKEN = " token="
+"""Between run directory and token in a job's comment."""
 TIMEOUT_S = 15.0
+LOOK_S = 30.0
+SUBMIT_TIMEOUT_S = 120.0
+"""How long sbatch may take: a busy controller answers late, and an answer that we did not wait for is looked up."""
 CHUNK = 500
 _FIELDS = "%i|%T|%r|%M|%l|%D|%N|%P|%V|%S|%E|%k"  # the comment comes last: it is the one that may hold a '|'
 
@@ -34,6 +38,13 @@ _FIELDS = "%i|%T|%r|%M|%l|%D|%N|%P|%V|%S|%E|%k"  # the comment comes last: it is
 @dataclass(frozen=True)
 class Unknown:
     """SLURM did not say."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """SLURM said no."""
 
     why: str
 
@@ -53,7 +64,13 @@ class JobRecord:
     submit_time: str  # ISO, or N/A
     start_time: str  # ISO, when it started or is expected to; or N/A
     dependency: str
-    comment: str  # the run directory, for jobs of ours
+    comment: str  # for jobs of ours: the run directory, and a token of the submission
+
+    @property
+    def folder(self) -> str:
+        """The run directory that its comment names; "" where it names none."""
+        folder = self.comment.partition(TOKEN)[0]
+        return folder if folder.startswith("/") else ""
 
     @property
     def live(self) -> bool:
@@ -86,19 +103,6 @@ def clean_environment(conf: str | None) -> dict[str, str]:
     if conf is not None:
         env["SLURM_CONF"] = conf
     return env
-
-
-@contextlib.contextmanager
-def in_environment(conf: str | None) -> Iterator[None]:
-    """This process with the cleaned environment, for libraries that start SLURM's commands by themselves."""
-    before, cleaned = dict(os.environ), clean_environment(conf)
-    os.environ.clear()
-    os.environ.update(cleaned)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def _ask(*argv: str, conf: str | None, timeout: float = TIMEOUT_S) -> str | Unknown:
@@ -159,7 +163,7 @@ def parse_jobs(text: str) -> dict[str, JobRecord]:
 def jobs(
     ids: Sequence[str] | None = None, *, user: str | None = None, conf: str | None = None, timeout: float = TIMEOUT_S
 ) -> dict[str, JobRecord] | Unknown:
-    """What squeue knows of these jobs, or of all of a user's (by default: yours). One call up to 500 ids.
+    """What squeue knows of these jobs, or of all of some users' (by commas; by default: yours). One call up to 500 ids.
 
     A job that is not in the answer is one that SLURM has forgotten, or never knew.
     """
@@ -179,12 +183,50 @@ def jobs(
     return found
 
 
-def find_job(comment: str, conf: str | None = None) -> JobRecord | Unknown | None:
-    """Your live job with this comment, as after an `sbatch` that timed out although its job was taken."""
-    found = jobs(conf=conf)
-    if isinstance(found, Unknown):
-        return found
-    return next((job for job in found.values() if job.comment == comment and job.live), None)
+# What sbatch says where its request or the answer was lost on the way: the controller may have taken the job.
+# The words are those of SLURM's error numbers for communication, and of the C library's.
+_LOST = re.compile(
+    r"timed? ?out|contact slurm controller|zero bytes|transport endpoint|connection (refused|reset)|broken pipe|"
+    r"communication|send/recv|unexpected message|temporarily (unable|unavailable)|no route to host|standby mode",
+    re.IGNORECASE,
+)
+
+
+def sbatch(script: str, comment: str, conf: str | None = None, timeout: float | None = None) -> str | Refused | Unknown:
+    """Submit a job script and return what sbatch printed. Unknown: the job may have been taken; see `find_submitted`.
+
+    comment: replaces the script's own. timeout: seconds, SUBMIT_TIMEOUT_S by default.
+    """
+    argv = ["sbatch", f"--comment={comment}", script]
+    patience = SUBMIT_TIMEOUT_S if timeout is None else timeout
+    try:
+        done = subprocess.run(
+            argv, env=clean_environment(conf), capture_output=True, text=True, errors="replace", timeout=patience,
+            stdin=subprocess.DEVNULL, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return Unknown(f"sbatch did not answer within {patience:g} s")
+    except OSError as error:
+        return Refused(f"sbatch: {error.strerror}")
+    if done.returncode == 0:
+        return done.stdout
+    said = done.stderr.strip() or f"sbatch: status {done.returncode}"
+    return Unknown(said) if done.returncode < 0 or _LOST.search(said) else Refused(said)
+
+
+def find_submitted(comment: str, conf: str | None = None) -> JobRecord | Unknown | None:
+    """Your job with exactly this comment, whatever its state. Looks again for LOOK_S: a controller too busy to answer
+    sbatch may also take the job late, and squeue may be as silent as sbatch was."""
+    deadline = time.monotonic() + LOOK_S
+    while True:
+        found = jobs(conf=conf)
+        if not isinstance(found, Unknown):
+            job = next((job for job in found.values() if job.comment == comment), None)
+            if job is not None:
+                return job
+        if time.monotonic() > deadline:
+            return found if isinstance(found, Unknown) else None
+        time.sleep(1)
 
 
 def parse_gres(text: str) -> dict[str | None, int]:

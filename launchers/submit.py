@@ -18,13 +18,14 @@ import yaml
 
 from conf.check import ConfigError, parse_wall_time
 from launchers import cli, slurm
-from launchers.errors import LaunchError
-from launchers.plan import PIPELINE_FILE, Plan, Planned, make_plan
-from launchers.preflight import check_cluster
+from launchers.errors import LaunchError, Unanswered
+from launchers.plan import PIPELINE_FILE, Plan, Planned, live_jobs, make_plan
+from launchers.preflight import check_cluster, check_leads
 from launchers.render import job_script
 from launchers.selection import Selection, select
-from post_training.run import ledger
-from post_training.run.directory import RunDirectory, write_atomic
+from post_training.run import ledger, life
+from post_training.run.directory import RunDirectory, fsync_directory, write_atomic
+from post_training.run.history import History, summarise
 
 USAGE = """
 usage: python -m launchers.submit stage=<stage> [<key>=<value> ...] [dry_run=true] [-m]
@@ -45,14 +46,18 @@ def main(argv: list[str] | None = None) -> int:
 def launch(selection: Selection) -> int:
     """Plan, write and submit; or print what would be done. Returns the exit status.
 
-    Raises ConfigError and LaunchError; then no job and no new file is left.
+    Raises ConfigError and LaunchError; then no job and no new file is left, unless SLURM stopped answering half-way:
+    then what it took stays, and the same command adds the rest.
     """
     if selection.dry_run:
-        print(preview(make_plan(selection, ask=False)), end="")
+        plan = make_plan(selection, ask=False)
+        check_leads(plan)
+        print(preview(plan), end="")
         return 0
     check_cluster(selection.configs)
     with _pipeline_lock(selection.output_base / selection.run_name):
         plan = make_plan(selection)
+        check_leads(plan)
         with _undo_on_failure(plan) as undo:
             write(plan, undo)
             if plan.scheduler == "slurm":
@@ -77,6 +82,7 @@ class _Undo:
 
     def __init__(self) -> None:
         self.made: list[Path] = []
+        self.asked = False  # sbatch was, so there may be jobs
         self.submitted: list[Planned] = []
         self.description: str | None = None
 
@@ -121,17 +127,19 @@ def _listing(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def _undo_on_failure(plan: Plan) -> Iterator[_Undo]:
-    """Where the block fails, cancel the jobs and remove the folders that it made."""
+    """Where the block fails, cancel the jobs and remove the folders that it made.
+
+    A job must not lose its folder: where SLURM does not answer, all that was made stays.
+    """
     undo = _Undo()
     try:
         yield undo
+    except Unanswered:
+        raise
     except BaseException:
-        ids = [planned.job_id for planned in undo.submitted if planned.job_id is not None]
-        if ids:
-            slurm.cancel(ids, conf=plan.slurm_conf)
-            gone = slurm.wait_gone(ids, conf=plan.slurm_conf)
-            if not gone:
-                print(f"warning: jobs {', '.join(ids)} may not be cancelled: see squeue", file=sys.stderr)
+        if undo.asked and (left := _cancel(plan, undo)):
+            print(f"warning: {left}; the same command goes on from there", file=sys.stderr)
+            raise
         for folder in undo.made:
             shutil.rmtree(folder, ignore_errors=True)
         for planned in undo.submitted:
@@ -145,6 +153,20 @@ def _undo_on_failure(plan: Plan) -> Iterator[_Undo]:
         elif undo.made:
             description.unlink(missing_ok=True)
         raise
+
+
+def _cancel(plan: Plan, undo: _Undo) -> str | None:
+    """Cancel the jobs that this command made, also one whose id it did not get to know. Why that failed, or None."""
+    ids = {planned.job_id for planned in undo.submitted if planned.job_id is not None}
+    there = live_jobs({p.run.root: History() for p in plan.stages.values() if p.to_submit}, plan.slurm_conf)
+    for job in there.values():
+        if isinstance(job, slurm.Unknown):
+            return f"what was submitted is not cancelled: {job.why}"
+        ids.add(job.job_id)
+    refused = slurm.cancel(sorted(ids), conf=plan.slurm_conf)
+    if refused is not None or (ids and not slurm.wait_gone(sorted(ids), conf=plan.slurm_conf)):
+        return f"jobs {', '.join(sorted(ids))} may not be cancelled{f': {refused.why}' if refused else ''}"
+    return None
 
 
 def snapshot() -> dict[str, bytes]:
@@ -180,6 +202,10 @@ def write(plan: Plan, undo: _Undo) -> None:
         if not run.root.exists():
             undo.made.append(run.root)
         run.create()
+        if planned.history.running and plan.scheduler == "slurm":
+            life._close_lost_attempt(run, planned.history, same_job=False)  # its job is gone
+        if planned.from_scratch:
+            set_aside(run)
         if not planned.started:
             _write_code(run, code)
         dumped = yaml.dump(
@@ -192,6 +218,28 @@ def write(plan: Plan, undo: _Undo) -> None:
     with contextlib.suppress(OSError):
         undo.description = description.read_text()
     write_atomic(description, json.dumps(plan.description(), indent=1) + "\n")
+
+
+def set_aside(run: RunDirectory) -> Path | None:
+    """Move what earlier attempts made into a folder restarted-N: the next attempt starts from scratch.
+
+    Returns that folder, or None where there was nothing. One rename each, the checkpoints first: whatever happens in
+    between, no checkpoint is resumed after its logs are gone. The run must have no job.
+    """
+    made = [p for p in (run.checkpoints, run.inference_checkpoints, run.model, run.logs) if _listing(p)]
+    if not made:
+        return None
+    run.announce(summarise(ledger.read(run.ledger)).attempts + 1)  # what is left of old attempts writes nothing more
+    number = 1
+    while (folder := run.root / f"restarted-{number}").exists():
+        number += 1
+    folder.mkdir()
+    for path in made:
+        path.rename(folder / path.name)
+    run.create()
+    fsync_directory(run.root)
+    ledger.append(run.ledger, "restarted", folder=folder.name)
+    return folder
 
 
 # ------------------------------------------------------------------------------------------ submitting
@@ -213,9 +261,19 @@ def submit(plan: Plan, undo: _Undo) -> None:
     for planned in plan.stages.values():
         if planned.to_submit:
             script = job_script(planned.cfg, planned.run, python_of(planned), dependencies(plan, planned))
-            job = RunExecutor(planned.run, script, plan.cluster, plan.slurm_conf).submit_run()
+            undo.asked = True
+            try:
+                job = RunExecutor(planned.run, script, plan.cluster, plan.slurm_conf).submit_run()
+            except Unanswered as error:
+                before = ", ".join(f"{p.name} as {p.job_id}" for p in undo.submitted)
+                raise Unanswered(
+                    error.problem + (f"; submitted before: {before}" if before else ""), error.fix
+                ) from None
             planned.job_id = job.job_id
             undo.submitted.append(planned)
+        elif planned.decision == "live" and planned.job_id != planned.history.job_id and planned.job_id is not None:
+            # submitted by a command that died before it could write this down, or by hand
+            ledger.append(planned.run.ledger, "submitted", job_id=planned.job_id, cluster=plan.cluster)
 
 
 def _supervise(plan: Plan) -> int:
@@ -252,6 +310,8 @@ def _show(plan: Plan) -> None:
         what = WORDS[planned.decision]
         if local and planned.to_submit:
             what = "to run" if planned.decision == "new" else "to go on"
+        if planned.from_scratch:
+            what += " from scratch"
         if planned.elsewhere:
             what = f"reused from {planned.run.pipeline}"
         after = [up for up in planned.after if up not in plan.stages or plan.stages[up].decision != "done"]
@@ -286,6 +346,8 @@ def preview(plan: Plan) -> str:
     for planned in plan.stages.values():
         after = f" after {', '.join(planned.after)}" if planned.after else ""
         word = {"done": "done before", "live": "running already"}.get(planned.decision, "to submit")
+        if planned.from_scratch:
+            word += " from scratch"
         if planned.elsewhere:
             word = f"reused from {planned.run.root}"
         lines.append(f"  {planned.name:{width}}  {planned.cfg.stage:4}  {word}{after}")

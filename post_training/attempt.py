@@ -31,6 +31,10 @@ COUNTERS = "counters.json"
 """In a checkpoint: what the trainer counts beside its state."""
 
 
+ASSUMED_SAVE_S = 30.0
+"""What save_minutes=auto takes a save to cost until one was measured, seconds."""
+
+
 class StopFlag:
     """SIGTERM as a flag: SLURM sends it to every task on preemption and cancel. Saving happens between steps."""
 
@@ -160,6 +164,8 @@ class AttemptCallback(TrainerCallback):
             # TRL counts tokens outside of the trainer's state, from 0 in every process
             counted = {n: getattr(self.trainer, n) for n in ("_total_train_tokens",) if hasattr(self.trainer, n)}
             (staged / COUNTERS).write_text(json.dumps(counted) + "\n")
+            with self.run.metrics.open("ab") as metrics:
+                os.fsync(metrics.fileno())  # what was logged up to here belongs to the checkpoint
             manifest.write(staged, step=state.global_step, attempt=self.attempt, world_size=args.world_size)
             with self.run.writing_as(self.attempt):
                 resume.install(staged, self.run.checkpoints / name)
@@ -198,9 +204,11 @@ class AttemptCallback(TrainerCallback):
             return math.inf
         if minutes != "auto":
             return 60 * float(minutes)
-        from post_training.run.accounting import seconds_between_saves
+        from post_training.run.accounting import save_interval, seconds_between_saves
 
-        return seconds_between_saves(ledger.read(self.run.ledger), 3600 * self.checkpointing.mttf_hours)
+        prior = 3600 * self.checkpointing.mttf_hours
+        events = ledger.read(self.run.ledger)
+        return seconds_between_saves(events, prior, time.time()) or save_interval(ASSUMED_SAVE_S, prior)
 
     def _save_inference_checkpoint(self, state: TrainerState) -> None:
         assert self.trainer is not None

@@ -246,7 +246,7 @@ def job_of(run: RunDirectory) -> RunJob:
 def records(bench: Bench, devcluster: dc.Cluster) -> dict[str, slurm.JobRecord]:
     found = slurm.jobs(user="root", conf=str(devcluster.conf))
     assert not isinstance(found, slurm.Unknown)
-    return {Path(job.comment).name: job for job in found.values() if job.comment.startswith(f"{bench.base}/")}
+    return {Path(job.folder).name: job for job in found.values() if job.folder.startswith(f"{bench.base}/")}
 
 
 @pytest.mark.slurm
@@ -360,7 +360,7 @@ def test_a_chain_that_breaks_at_submission_leaves_nothing(cluster: Bench, devclu
     assert cluster.files() == before
     found = slurm.jobs(user="root", conf=str(devcluster.conf))
     assert not isinstance(found, slurm.Unknown)
-    mine = [job for job in found.values() if job.comment.startswith(f"{cluster.base}/")]
+    mine = [job for job in found.values() if job.folder.startswith(f"{cluster.base}/")]
     assert len(mine) == 3 and not any(job.live for job in mine)
 
 
@@ -417,7 +417,7 @@ def test_executor_is_submitits(
     assert isinstance(executor, submitit.SlurmExecutor)
     job = executor.submit_run()
     assert isinstance(job, submitit.SlurmJob) and ledger.read(run.ledger)[0]["job_id"] == job.job_id
-    assert job.get_info()["comment"] == str(run.root)
+    assert job.get_info()["comment"].startswith(f"{run.root} token=")
     job.wait()
     assert job.state == "FAILED"
     with pytest.raises(submitit.core.utils.UncompletedJobError):

@@ -28,7 +28,6 @@ code=$?
 if [ "$code" -eq 3 ]; then exit 0; fi # finished before: a preempted job is requeued even so
 if [ "$code" -ne 0 ]; then exit "$code"; fi
 export POST_TRAINING_ATTEMPT=$attempt
-mine=$attempt
 
 signal=""      # what asked this attempt to stop
 interrupted=0  # a trap ran, so `wait` returned early

@@ -98,7 +98,6 @@ done
 if [ "$code" -eq 3 ]; then exit 0; fi # finished before: a preempted job is requeued even so
 if [ "$code" -ne 0 ]; then exit "$code"; fi
 export POST_TRAINING_ATTEMPT=$attempt
-mine=$attempt
 
 signal=""      # what asked this attempt to stop
 interrupted=0  # a trap ran, so `wait` returned early
@@ -122,6 +121,7 @@ trap 'ask TERM' TERM
 trap 'interrupted=1; late=124' USR2
 trap 'interrupted=1; late=86' ALRM
 
+mine=$attempt
 # A step of its own that outlives this shell: where the shell alone is killed, the job would end as failed and take its
 # dependents with it. SLURM gives a step KillWait seconds to leave, and the job is not over until then: time enough to
 # requeue it.
