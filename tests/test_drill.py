@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from launchers.compose import rewrite
 from launchers.selection import select
 from tests.drill import plan, verdict
-from tests.drill.__main__ import STAGES, available_kinds, chain, main, overrides
+from tests.drill.__main__ import STAGES, chain, main, overrides
 from tests.drill.verdict import Evidence, Result, Sighting
 from tests.slurm_fixture import require_slurm
 
@@ -86,6 +86,7 @@ def test_the_pipeline_command_takes_the_overrides(tmp_path: Path) -> None:
         (["--seed", "1", "--stages", "rm"], "choose from base, sft"),
         (["--seed", "1", "--kinds", "flood"], "choose from stop,"),
         (["--seed", "1", "--faults", "-1"], "at least 0"),
+        (["--seed", "1", "--steps", "3"], "at least 20"),
         (["--seed", "1", "--stages", "base", "--kinds", "wall_time"], "none of the stages base"),
     ],
 )
@@ -240,15 +241,14 @@ def test_faults_without_recovery_and_without_target() -> None:
 
 # On a real SLURM.
 
-FIXED = tuple(kind for kind in ("stop", "kill_rank", "preempt", "power_cut", "kill_shell", "truncate"))
+FIXED = ("stop", "kill_rank", "preempt", "power_cut", "kill_shell", "truncate")
 
 
 @pytest.mark.slurm
 def test_a_fixed_drill() -> None:
     """Six faults on base and sft (two ranks on two nodes)."""
     require_slurm()
-    kinds = [kind for kind in FIXED if kind in available_kinds()]
-    argv = ["--seed", "4", "--faults", str(len(kinds)), "--stages", "sft", "--kinds", ",".join(kinds)]
+    argv = ["--seed", "4", "--faults", "6", "--stages", "sft", "--steps", "30", "--kinds", ",".join(FIXED)]
     done = subprocess.run(
         [sys.executable, "-m", "tests.drill", *argv], cwd=ROOT, capture_output=True, text=True, check=False
     )

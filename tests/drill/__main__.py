@@ -532,6 +532,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, required=True, help="what the faults are drawn from")
     parser.add_argument("--faults", type=int, default=12, metavar="K", help="how many (default: %(default)s)")
     parser.add_argument("--stages", default="dpo,grpo", help="stages, with what they need (default: all)")
+    parser.add_argument("--steps", type=int, default=60, help="steps of each stage (default: %(default)s)")
     parser.add_argument("--kinds", default=",".join(available_kinds()), help="kinds of faults (default: all)")
     parser.add_argument("--reference", type=Path, help="folder of an undisturbed run, made there if need be, to reuse")
     parser.add_argument("--keep", action="store_true", help="keep the folder with both runs")
@@ -555,7 +556,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--kinds {','.join(unknown)}: no such kind; choose from {', '.join(plan.KINDS)}")
         if args.faults < 0:
             raise ValueError(f"--faults {args.faults}: must be at least 0")
-        stages = chain(args.stages.split(","))
+        if args.steps < 20:
+            raise ValueError(f"--steps {args.steps}: must be at least 20, for faults to find their moment")
+        stages = [dataclasses.replace(stage, steps=args.steps) for stage in chain(args.stages.split(","))]
         faults = plan.draw(args.seed, args.faults, stages, kinds)
     except ValueError as error:
         print(f"drill: {error}", file=sys.stderr)
