@@ -35,7 +35,9 @@ $(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.lock
 	@touch $@
 
-DEV := ^(pytest|hypothesis|ruff|mypy|mypy_extensions|types-.*|pluggy|iniconfig|sortedcontainers|pathspec|librt|ast_serialize)==
+# wandb, an extra, and what it alone brings
+WANDB := wandb|cwevals|distro|sniffio|opentelemetry-.*|googleapis-common-protos|platformdirs|requests|urllib3|charset-normalizer
+DEV := ^(pytest|hypothesis|ruff|mypy|mypy_extensions|types-.*|pluggy|iniconfig|sortedcontainers|pathspec|librt|ast_serialize|$(WANDB))==
 
 # Write down the versions of this environment, after it was upgraded and tested.
 lock: $(VENV)/.installed-dev

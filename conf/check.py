@@ -1,8 +1,9 @@
-"""What no type can say: ranges, choices and combinations of config values. Pure: touches no file."""
+"""What no type can say: ranges, choices and combinations of config values. Reads no file."""
 
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import re
 from collections.abc import Iterable
 
@@ -117,9 +118,7 @@ def check_run(cfg: Config) -> None:
         value = lookup(cfg, name)
         if isinstance(value, int | float) and value < least:
             raise ConfigError(name, value, f"must be at least {least:g}", f"{name}={least:g}")
-    for target in cfg.logging.report_to:
-        if target not in ("tensorboard", "wandb"):
-            raise ConfigError("logging.report_to", target, "unknown", nearest(target, ("tensorboard", "wandb")))
+    _check_logging(cfg)
     if cfg.run_name is not None and not NAME.fullmatch(cfg.run_name):
         raise ConfigError("run_name", cfg.run_name, "is used as a folder's name", "use letters, digits and . _ - = , +")
     _check_slurm(cfg)
@@ -132,6 +131,20 @@ def check_run(cfg: Config) -> None:
         if not (reward.correct or reward.format or reward.random or cfg.ppo.reward_model_weight):
             fix = "give ppo.reward.correct or ppo.reward_model_weight"
             raise ConfigError("ppo.reward", "all 0", "nothing is rewarded", fix)
+
+
+def _check_logging(cfg: Config) -> None:
+    for target in cfg.logging.report_to:
+        if target not in ("tensorboard", "wandb"):
+            raise ConfigError("logging.report_to", target, "unknown", nearest(target, ("tensorboard", "wandb")))
+    if "wandb" in cfg.logging.report_to:
+        # the Python that submits runs the jobs too, unless cluster.python says otherwise
+        if cfg.cluster.python is None and importlib.util.find_spec("wandb") is None:
+            fix = "pip install wandb (the extra [wandb]), or logging=tensorboard"
+            raise ConfigError("logging.report_to", "wandb", "the package wandb is not installed", fix)
+        if "WANDB_API_KEY" in cfg.slurm.env:
+            fix = "leave it out, and export WANDB_API_KEY in the shell that submits"
+            raise ConfigError("slurm.env.WANDB_API_KEY", "...", "a secret must not be in a frozen config", fix)
 
 
 def _check_slurm(cfg: Config) -> None:

@@ -130,6 +130,7 @@ class Parallel:
 class Logging:
     steps: int = key(10, "optimizer steps between log lines")
     report_to: list[str] = key(["tensorboard"], "besides metrics.jsonl: tensorboard, wandb")
+    wandb_project: str = key("post-training", "W&B's project; WANDB_PROJECT, _ENTITY, _MODE and _API_KEY hold as ever")
 
 
 @dataclass

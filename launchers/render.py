@@ -74,7 +74,8 @@ def job_script(cfg: Config, run: RunDirectory, python: str, dependency: list[str
     """The job script of a run, for SLURM or for the local supervisor as `cfg.cluster.scheduler` says."""
     template = f"{cfg.cluster.scheduler}.sh.j2"
     # later than the ranks' own watchdogs, which can say what they were doing
-    hung_seconds = int(1.25 * 60 * cfg.slurm.watchdog_minutes) + 30
+    watchdog_s = 60 * cfg.slurm.watchdog_minutes
+    hung_seconds = int(1.25 * watchdog_s + min(30, watchdog_s))
     return (
         environment()
         .get_template(template)
@@ -102,7 +103,7 @@ def job_script(cfg: Config, run: RunDirectory, python: str, dependency: list[str
             avoid_code=life.AVOID,
             hung_code=life.HUNG,
             hung_seconds=hung_seconds,
-            watch_seconds=min(30, hung_seconds // 4),
+            watch_seconds=max(1, min(30, hung_seconds // 4)),
             health_check=cfg.slurm.health_check,
         )
     )

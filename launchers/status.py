@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from typing import Any
 from launchers import slurm, table
 from launchers.errors import LaunchError
 from launchers.local import owned
-from post_training.run import manifest
+from post_training.run import accounting, manifest
 from post_training.run.directory import RunDirectory, load_yaml
 from post_training.run.history import History
 
@@ -81,6 +82,33 @@ ENDED = {
 }
 """SLURM's states of a job that ended badly in plain words."""
 
+OUTCOMES = {
+    "preempted": "was preempted",
+    "node_lost": "lost a node",
+    "out_of_memory": "ran out of memory",
+    "crashed": "crashed",
+    "failed": "crashed",
+    "hung": "hung",
+    "cancelled": "was cancelled",
+}
+"""How an attempt ended, in plain words, where it neither finished nor left because its time was up."""
+
+CAUSES = {
+    "planned_stop": "planned stops",
+    "preempted": "preemptions",
+    "node_lost": "lost nodes",
+    "out_of_memory": "running out of memory",
+    "crashed": "crashes",
+    "hung": "hangs",
+    "cancelled": "cancellations",
+    "restarted": "restarts",
+    "unknown": "ends nobody recorded",
+    "first_startup": "first start-up",
+    "saving": "saving",
+    "teardown": "teardown",
+}
+"""What took time from the steps, in plain words."""
+
 
 def pending_reason(reason: str) -> str:
     """SLURM's reason of a pending job in plain words."""
@@ -127,6 +155,19 @@ def row_state(
     return _slurm_state(history, output_problem, job, waits_for)
 
 
+def last_end(history: History) -> str | None:
+    """How the last attempt ended, in plain words; None where that needs no word."""
+    words = OUTCOMES.get(history.outcome or "")
+    if words is None:
+        return history.reason if history.action == "requeue" else None
+    return f"the last attempt {words}" + (f": {history.reason}" if history.reason else "")
+
+
+def _again(history: History, reason: str) -> str:
+    """Why a run that is to go on does not yet, and what its last attempt came to."""
+    return f"{reason}; {why}" if (why := last_end(history)) else reason
+
+
 def is_local(history: History) -> bool:
     """Whether the run's newest submission was to a local supervisor."""
     return history.cluster == "local" or (history.job_id or "").startswith("local-")
@@ -140,7 +181,7 @@ def _local_state(history: History, output_problem: str, waits_for: tuple[str, ..
     if history.running:
         return ("stopping", "asked to save and leave") if history.stopping else ("running", _starting(history))
     if history.action == "requeue":
-        return "requeued", history.reason or "starts again at once"
+        return "requeued", last_end(history) or "starts again at once"
     if history.cancelled or history.outcome is not None:
         return _gone(history, output_problem)
     if waits_for:
@@ -158,27 +199,35 @@ def _gone(history: History, output_problem: str) -> tuple[str, str | None]:
     if history.running:
         return "failed", f"{who} and the run did not finish{onward}"
     if history.gave_up:
-        return "failed", history.reason
-    if history.outcome == "stopped" and history.action == "exit":
+        return "failed", _end(history)
+    if history.outcome in ("stopped", "cancelled") and history.action == "exit":
         return "cancelled", history.reason or "stopped on request"
     if history.outcome == "finished":
         return "failed", f"it finished, but its output is not complete: {output_problem}"
-    if history.action == "requeue":
-        return "failed", f"{who} and it was to be started again{onward}"
+    if history.action == "requeue" or history.outcome == "preempted":
+        return "failed", _again(history, f"{who} and it was to be started again{onward}")
     return "cancelled", f"{who} and it never started{onward}"
+
+
+def _end(history: History) -> str | None:
+    """Why a run gave up."""
+    words = OUTCOMES.get(history.outcome or "")
+    if words in (None, "crashed"):
+        return history.reason or words
+    return f"{words}: {history.reason}" if history.reason else words
 
 
 def _slurm_state(
     history: History, output_problem: str, job: slurm.JobRecord, waits_for: tuple[str, ...]
 ) -> tuple[str, str | None]:
     begun = history.attempt_started is not None and history.attempt_started >= (history.submitted or 0)
-    gave_up = history.gave_up
+    ended = history.gave_up
     match job.state:
         case "PENDING":
             if job.reason == "DependencyNeverSatisfied":
                 return "waiting", PENDING[job.reason]
             if begun:
-                return "requeued", pending_reason(job.reason)
+                return "requeued", _again(history, pending_reason(job.reason))
             if job.reason == "Dependency":
                 return "waiting", f"waits for {', '.join(waits_for)}" if waits_for else PENDING["Dependency"]
             return "queued", pending_reason(job.reason)
@@ -199,15 +248,15 @@ def _slurm_state(
                 return "requeued", "SLURM is about to requeue it"
             return "running", _starting(history)
         case "COMPLETING":
-            if gave_up or history.cancelled:
+            if ended or history.cancelled:
                 return _gone(history, output_problem)
             return ("requeued", "SLURM is requeueing it") if history.action == "requeue" else ("stopping", "ending")
         case "CANCELLED":
-            return _gone(history, output_problem) if gave_up or history.cancelled else ("cancelled", "scancel")
+            return _gone(history, output_problem) if ended or history.cancelled else ("cancelled", "scancel")
         case "COMPLETED":
             return "failed", f"job {job.job_id} ended without a complete output: {output_problem}"
         case state if state in ENDED:
-            return "failed", history.reason if gave_up and history.reason else f"job {job.job_id} {ENDED[state]}"
+            return "failed", (_end(history) if ended else None) or f"job {job.job_id} {ENDED[state]}"
         case _:
             return "unknown", f"SLURM says: {job.state}"
 
@@ -399,6 +448,7 @@ def _row(
     scores: dict[str, tuple[float | None, str | None]], now: float,
 ) -> dict[str, Any]:  # fmt: skip
     history, metrics = look.story.history, table.read_metrics(look.run.metrics)
+    time = account(look, state, now)
     elapsed: float | None = None
     if job is not None and job.state != "PENDING" and job.live:
         elapsed = job.elapsed
@@ -430,9 +480,57 @@ def _row(
         "reward": metrics.reward,
         "attempts": history.attempts,
         "failures": history.failures,
+        "outcome": history.outcome,
+        **_times(time),
         "score": score,
         "metric": metric,
     }
+
+
+def account(look: Look, state: str, now: float) -> accounting.Account:
+    """Where the run's time went, as far as it is known: an unknown state is told up to its last sign of life."""
+    running = look.story.history.running
+    progress = table.read_progress(look.run) if running else None
+    since = None
+    if state in ("failed", "cancelled"):
+        since = "stopped"
+    elif state in ("requeued", "queued", "waiting") and running:
+        since = "lost"  # SLURM requeued it; its next attempt will close this one
+    return accounting.account(look.story.events, progress, None if state in ("done", "unknown") else now, since)
+
+
+def _times(time: accounting.Account) -> dict[str, Any]:
+    goodput = None if time.goodput is None else round(time.goodput, 4)
+    return {"goodput": goodput, "held_seconds": time.held, "seconds": time.seconds, "lost_by_cause": time.lost_by_cause}
+
+
+def pipelines_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Goodput, time by name and lost time by cause of each pipeline: its rows added up, an hour of each run alike."""
+    names = dict.fromkeys(row["pipeline"] for row in rows)
+    found = []
+    for name in names:
+        runs = [
+            accounting.Account(seconds=row["seconds"], lost_by_cause=row["lost_by_cause"], held=row["held_seconds"])
+            for row in rows
+            if row["pipeline"] == name
+        ]
+        found.append({"pipeline": name, **_times(accounting.together(runs))})
+    return found
+
+
+def goodput_line(pipeline: Mapping[str, Any]) -> str | None:
+    """A pipeline's goodput and what the rest went to, in plain words; None where nothing was held yet."""
+    if pipeline["goodput"] is None:
+        return None
+    held = pipeline["held_seconds"]
+    useful = pipeline["seconds"]["steps"] + pipeline["seconds"]["evaluation"]
+    said = f"goodput {percent(pipeline['goodput'])}: {table.duration(useful)} of {table.duration(held)} held"
+    lost = [f"{CAUSES.get(cause, cause)} {table.duration(s)}" for cause, s in pipeline["lost_by_cause"].items()]
+    return f"{said}; lost to {', '.join(lost)}" if lost else said
+
+
+def percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f} %"
 
 
 def _scores(looks: list[Look]) -> dict[str, tuple[float | None, str | None]]:
@@ -478,9 +576,11 @@ Column = tuple[str, str, int]  # title, key of a cell, 1 where it stands to the 
 COLUMNS: tuple[Column, ...] = (
     ("STAGE", "stage", 0), ("JOBID", "job", 0), ("STATE", "state", 0), ("NODES", "nodes", 1), ("TIME", "time", 1),
     ("", "bar", 0), ("STEP", "step", 1), ("LOSS/REWARD", "value", 0), ("ATT", "attempts", 1), ("FAIL", "failures", 1),
-    ("SCORE", "score", 1),
+    ("GOODPUT", "goodput", 1), ("SCORE", "score", 1),
 )  # fmt: skip
-DROPPED_FIRST = ("nodes", "bar", "failures", "attempts", "job", "value")
+LEFT_OUT_EMPTY = ("bar", "step", "value", "goodput", "score")
+"""Columns that do not stand there where no run has anything in them."""
+DROPPED_FIRST = ("goodput", "nodes", "bar", "failures", "attempts", "job", "value")
 """What a narrow terminal does without, in this order."""
 _ANSI = {
     "running": "36", "stopping": "33", "requeued": "33", "done": "32", "failed": "1;31", "cancelled": "35",
@@ -507,6 +607,7 @@ def cells(row: Mapping[str, Any], ascii_only: bool = False) -> dict[str, str]:
         "value": table.loss_or_reward(row["loss"], row["reward"]),
         "attempts": text("attempts"),
         "failures": text("failures"),
+        "goodput": percent(row["goodput"]),
         "score": table.figure(row["score"]),
     }
 
@@ -519,7 +620,7 @@ def lines(rows: list[dict[str, Any]], width: int, color: bool = False, ascii_onl
     """The table's lines, none longer than `width`. Reasons stand behind their rows, or below where space is short."""
     texts = [cells(row, ascii_only) for row in rows]
     reasons = [_one_line(row["reason"] or "") for row in rows]
-    columns = [c for c in COLUMNS if c[1] not in ("bar", "step", "value", "score") or any(t[c[1]] for t in texts)]
+    columns = [c for c in COLUMNS if c[1] not in LEFT_OUT_EMPTY or any(t[c[1]] for t in texts)]
     sizes = {key: max([len(title), *(len(t[key]) for t in texts)]) for title, key, _ in columns}
 
     def total() -> int:
@@ -540,10 +641,16 @@ def lines(rows: list[dict[str, Any]], width: int, color: bool = False, ascii_onl
         return ("  ".join(parts) + (f"  {reason}" if reason else "")).rstrip()
 
     titles = {key: title for title, key, _ in COLUMNS}
+    goodputs = {one["pipeline"]: goodput_line(one) for one in pipelines_of(rows)}
+
+    def summary(name: str) -> list[str]:
+        return textwrap.wrap(_one_line(goodputs[name] or ""), max(4, width), subsequent_indent="  ")
+
     pipeline = None
     for row, text, reason in zip(rows, texts, reasons, strict=True):
         if row["pipeline"] != pipeline:
             if pipeline is not None:
+                yield from summary(pipeline)
                 yield ""
             pipeline = row["pipeline"]
             yield _cut(f"pipeline {_one_line(str(pipeline))}", width)
@@ -551,6 +658,8 @@ def lines(rows: list[dict[str, Any]], width: int, color: bool = False, ascii_onl
         yield line(text, row["state"], reason if beside else "")
         if reason and not beside:
             yield _cut(f"  {'-' if ascii_only else '└'} {reason}", width)
+    if pipeline is not None:
+        yield from summary(pipeline)
 
 
 def _cut(text: str, width: int) -> str:
@@ -603,7 +712,7 @@ def show(arguments: Arguments, width: int | None, color: bool) -> str:
     """One look as text."""
     rows = collect(arguments.output_base, arguments.names)
     if arguments.as_json:
-        return json.dumps({"runs": rows}, indent=1, allow_nan=False)
+        return json.dumps({"runs": rows, "pipelines": pipelines_of(rows)}, indent=1, allow_nan=False)
     if not rows:
         return f"no runs in {arguments.output_base}"
     ascii_only = "utf" not in (sys.stdout.encoding or "").lower()

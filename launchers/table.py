@@ -25,10 +25,11 @@ STYLES = {
 
 @dataclass(frozen=True)
 class Story:
-    """A run's history, and what is wrong with the ledger that tells it."""
+    """A run's history, what is wrong with the ledger that tells it, and the ledger's good events."""
 
     history: History
     problem: str | None = None
+    events: tuple[ledger.Event, ...] = ()
 
 
 def read_history(run: RunDirectory) -> Story:
@@ -40,11 +41,20 @@ def read_history(run: RunDirectory) -> Story:
         return Story(History())
     except (OSError, RecursionError) as error:
         return Story(History(), f"ledger.jsonl cannot be read: {getattr(error, 'strerror', None) or error}")
-    good = [event for event in events if is_sound(event) and number(event["time"]) is not None]
+    good = tuple(event for event in events if is_sound(event) and number(event["time"]) is not None)
     lines = sum(1 for line in text.splitlines() if line.strip())
     if len(good) == lines:
-        return Story(summarise(good))
-    return Story(summarise(good), f"ledger.jsonl: {lines - len(good)} of {lines} lines are damaged")
+        return Story(summarise(good), None, good)
+    return Story(summarise(good), f"ledger.jsonl: {lines - len(good)} of {lines} lines are damaged", good)
+
+
+def read_progress(run: RunDirectory) -> dict[str, Any] | None:
+    """The running attempt's figures; None where there are none."""
+    try:
+        found = json.loads((run.slurm / "progress.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 @dataclass(frozen=True)

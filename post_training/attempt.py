@@ -27,6 +27,14 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 
+COUNTERS = "counters.json"
+"""In a checkpoint: what the trainer counts beside its state."""
+
+
+ASSUMED_SAVE_S = 30.0
+"""What save_minutes=auto takes a save to cost until one was measured, seconds."""
+
+
 class StopFlag:
     """SIGTERM as a flag: SLURM sends it to every task on preemption and cancel. Saving happens between steps."""
 
@@ -98,6 +106,7 @@ class AttemptCallback(TrainerCallback):
         self.run, self.attempt, self.checkpointing, self.stop_flag = run, attempt, checkpointing, stop_flag
         self.progress, self.watchdog = progress, watchdog
         self.trainer: Trainer | None = None
+        self.resumed_from: Path | None = None
         self.stopped = False
         self._save_started = self._last_save = time.monotonic()
         self._seconds_between_saves = self._save_interval()
@@ -109,6 +118,9 @@ class AttemptCallback(TrainerCallback):
             with self.run.writing_as(self.attempt):
                 self._cut_metrics(state.global_step)
             self._record("training_started", step=state.global_step)
+        if self.resumed_from is not None and (self.resumed_from / COUNTERS).exists():
+            for name, value in json.loads((self.resumed_from / COUNTERS).read_text()).items():
+                setattr(self.trainer, name, value)
         self.watchdog.beat()
         self.progress.training(state.global_step)
         self._last_save = time.monotonic()
@@ -149,6 +161,11 @@ class AttemptCallback(TrainerCallback):
         if state.is_world_process_zero:
             name = f"checkpoint-{state.global_step}"
             staged = self.run.staging(self.attempt) / name
+            # TRL counts tokens outside of the trainer's state, from 0 in every process
+            counted = {n: getattr(self.trainer, n) for n in ("_total_train_tokens",) if hasattr(self.trainer, n)}
+            (staged / COUNTERS).write_text(json.dumps(counted) + "\n")
+            with self.run.metrics.open("ab") as metrics:
+                os.fsync(metrics.fileno())  # what was logged up to here belongs to the checkpoint
             manifest.write(staged, step=state.global_step, attempt=self.attempt, world_size=args.world_size)
             with self.run.writing_as(self.attempt):
                 resume.install(staged, self.run.checkpoints / name)
@@ -187,9 +204,11 @@ class AttemptCallback(TrainerCallback):
             return math.inf
         if minutes != "auto":
             return 60 * float(minutes)
-        from post_training.run.accounting import seconds_between_saves
+        from post_training.run.accounting import save_interval, seconds_between_saves
 
-        return seconds_between_saves(ledger.read(self.run.ledger), 3600 * self.checkpointing.mttf_hours)
+        prior = 3600 * self.checkpointing.mttf_hours
+        events = ledger.read(self.run.ledger)
+        return seconds_between_saves(events, prior, time.time()) or save_interval(ASSUMED_SAVE_S, prior)
 
     def _save_inference_checkpoint(self, state: TrainerState) -> None:
         assert self.trainer is not None

@@ -35,6 +35,7 @@ def train(run: RunDirectory, attempt: int, progress: Progress, watchdog: Watchdo
     """Train until done or asked to stop; returns the exit code."""
     from post_training.attempt import AttemptCallback, StopFlag, save_for_inference
     from post_training.stages.common import finish, open_stage, steps_for_tokens, token_counts
+    from post_training.tracking import callbacks
 
     stop_flag = StopFlag()
     stage = open_stage(run)
@@ -42,11 +43,13 @@ def train(run: RunDirectory, attempt: int, progress: Progress, watchdog: Watchdo
     trainer.args.output_dir = str(run.staging(attempt))  # from there each checkpoint is renamed once it is whole
     follower = AttemptCallback(run, attempt, stage.cfg.checkpointing, stop_flag, progress, watchdog)
     follower.trainer = trainer
-    trainer.add_callback(follower)
+    for callback in (*callbacks(stage.cfg, run, attempt), follower):  # what trackers wrote is safe before the manifest
+        trainer.add_callback(callback)
     if stage.cfg.training.num_training_tokens is not None:
         trainer.args.max_steps = steps_for_tokens(stage.cfg, token_counts(trainer.train_dataset))
 
     checkpoint = find_checkpoint(run, attempt, trainer, stage)
+    follower.resumed_from = checkpoint
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     step = trainer.state.global_step
     if follower.stopped:

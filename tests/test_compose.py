@@ -232,8 +232,8 @@ def test_one_wrong_letter_finds_the_key(name: str, data: st.DataObject) -> None:
         return
     position = data.draw(st.integers(len(name) - len(last), len(name) - 1))
     wrong = name[:position] + name[position + 1 :]
-    if wrong in keys():
-        return
+    if wrong.rpartition(".")[2] in {known.rpartition(".")[2] for known in keys()}:
+        return  # another key's name by chance
     from launchers.compose import unknown_key
 
     assert f"'{name}'" in str(unknown_key(wrong, 1))

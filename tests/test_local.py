@@ -244,7 +244,7 @@ def test_a_failure_cancels_its_dependents_and_other_branches_finish(world: World
     assert supervisor.wait(DEADLINE) == 1
     for name in ("ppo", "grpo"):
         reason = world.events(name, "cancelled")[0]["reason"]
-        assert reason == "upstream rm failed: exit status 1; gave up after 1 failures without progress (slurm.max_failures)"
+        assert reason.startswith("upstream rm failed: exit status 1; gave up after 1 failures without progress")
         assert not world.events(name, "attempt_started")
     assert world.events("dpo", "attempt_ended")[0]["outcome"] == "finished"
     said = world.said()

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,16 @@ def story(*events: str, cluster: str = "h100", job_id: str = "7") -> History:
             "training": {"event": "training_started", "attempt": number, "step": 0},
             "stop": {"event": "stop_requested", "attempt": number, "signal": "USR1"},
             "requeue": {"outcome": "stopped", "action": "requeue", "reason": None},
-            "crash": {"outcome": "failed", "action": "requeue", "reason": "exit status 1"},
-            "gave up": {"outcome": "failed", "action": "exit", "reason": "exit status 1; gave up"},
+            "failed": {"outcome": "failed", "action": "requeue", "reason": "exit status 1"},  # ledgers of version 0.1
+            "crash": {"outcome": "crashed", "action": "requeue", "reason": "exit status 1"},
+            "gave up": {"outcome": "crashed", "action": "exit", "reason": "exit status 1; gave up"},
+            "lost": {"outcome": "node_lost", "action": "requeue", "reason": "n3 is gone"},
+            "memory": {"outcome": "out_of_memory", "action": "requeue", "reason": None},
+            "no memory": {"outcome": "out_of_memory", "action": "exit", "reason": "CUDA; gave up"},
+            "hung": {"outcome": "hung", "action": "exit", "reason": "no step for 30 minutes; gave up"},
+            "preempted": {"outcome": "preempted", "action": "exit", "reason": None},
+            "killed": {"outcome": "cancelled", "action": "exit", "reason": "scancel"},
+            "late": {"outcome": "stopped", "action": "requeue", "reason": "left without saving (status 124)"},
             "stopped": {"outcome": "stopped", "action": "exit", "reason": "stopped on request"},
             "finished": {"outcome": "finished", "action": "exit", "reason": None},
             "cancelled": {"event": "cancelled", "reason": "upstream rm failed: exit status 1"},
@@ -71,6 +80,16 @@ SLURM_CASES: list[tuple[tuple[str, ...], Any, str, str | None]] = [
     (RUNNING, job("PENDING", "NodeFailure"), "requeued", "a node failed; SLURM starts it again"),
     ((*RUNNING, "stop", "stopped"), job("PENDING", "BeginTime"), "requeued", "held for a moment after a requeue"),
     ((*RUNNING, "gave up", "submitted"), job("PENDING", "Priority"), "queued", "other jobs come first"),
+    ((*RUNNING, "lost"), job("PENDING", "BeginTime"), "requeued",
+     "held for a moment after a requeue; the last attempt lost a node: n3 is gone"),
+    ((*RUNNING, "memory"), job("PENDING", "Priority"), "requeued",
+     "other jobs come first; the last attempt ran out of memory"),
+    ((*RUNNING, "failed"), job("PENDING", "Priority"), "requeued",
+     "other jobs come first; the last attempt crashed: exit status 1"),
+    ((*RUNNING, "stop", "preempted"), job("PENDING", "BeginTime"), "requeued",
+     "held for a moment after a requeue; the last attempt was preempted"),
+    ((*RUNNING, "stop", "late"), job("PENDING", "BeginTime"), "requeued",
+     "held for a moment after a requeue; left without saving (status 124)"),
     (RUNNING, job("REQUEUED"), "requeued", "SLURM is requeueing it"),
     (RUNNING, job("REQUEUE_HOLD"), "requeued", "held: scontrol release 7"),
     (RUNNING, job("PREEMPTED"), "requeued", "preempted by a job that comes first"),
@@ -100,6 +119,11 @@ SLURM_CASES: list[tuple[tuple[str, ...], Any, str, str | None]] = [
     ((*RUNNING, "requeue"), None, "failed", "SLURM no longer knows job 7 and it was to be started again"),
     ((*RUNNING, "stop", "stopped"), None, "cancelled", "stopped on request"),
     ((*RUNNING, "gave up"), None, "failed", "exit status 1; gave up"),
+    ((*RUNNING, "no memory"), None, "failed", "ran out of memory: CUDA; gave up"),
+    ((*RUNNING, "hung"), job("FAILED"), "failed", "hung: no step for 30 minutes; gave up"),
+    ((*RUNNING, "killed"), None, "cancelled", "scancel"),
+    ((*RUNNING, "preempted"), None, "failed",
+     "SLURM no longer knows job 7 and it was to be started again; the last attempt was preempted"),
     ((*RUNNING, "finished"), None, "failed", "it finished, but its output is not complete: no manifest.json"),
     (("submitted",), None, "cancelled", "SLURM no longer knows job 7 and it never started"),
     # SLURM does not answer
@@ -107,6 +131,8 @@ SLURM_CASES: list[tuple[tuple[str, ...], Any, str, str | None]] = [
     (RUNNING, UNKNOWN, "unknown", "squeue did not answer within 15 s (the ledger says: running)"),
     ((*RUNNING, "stop", "stopped"), UNKNOWN, "unknown", "squeue did not answer within 15 s (the ledger says: stopped)"),
     ((*RUNNING, "gave up"), UNKNOWN, "failed", "exit status 1; gave up"),
+    ((*RUNNING, "hung"), UNKNOWN, "failed", "hung: no step for 30 minutes; gave up"),
+    ((*RUNNING, "lost"), UNKNOWN, "unknown", "squeue did not answer within 15 s (the ledger says: node_lost)"),
     (("submitted", "cancelled"), UNKNOWN, "cancelled", "upstream rm failed: exit status 1"),
 ]  # fmt: skip
 
@@ -129,7 +155,7 @@ LOCAL_CASES: list[tuple[tuple[str, ...], bool, tuple[str, ...], str, str | None]
     (("submitted", "started"), True, (), "running", "starting"),
     (RUNNING, True, (), "running", None),
     ((*RUNNING, "stop"), True, (), "stopping", "asked to save and leave"),
-    ((*RUNNING, "crash"), True, (), "requeued", "exit status 1"),
+    ((*RUNNING, "crash"), True, (), "requeued", "the last attempt crashed: exit status 1"),
     ((*RUNNING, "requeue"), True, (), "requeued", "starts again at once"),
     ((*RUNNING, "gave up"), True, (), "failed", "exit status 1; gave up"),
     (("submitted",), False, (), "cancelled", f"{GONE} it never started; the same command goes on"),
@@ -279,7 +305,8 @@ def test_the_table_says_what_the_json_says(outputs: Outputs) -> None:
     rows = outputs.rows()
     text = outputs.status().stdout.splitlines()
     assert text[0] == "pipeline full"
-    shown = {line.split()[0]: line for line in text[2:]}
+    assert text[-1].startswith("goodput ")
+    shown = {line.split()[0]: line for line in text[2:-1]}
     assert list(shown) == list(rows)
     for name, row in rows.items():
         cells = status.cells(row)
@@ -299,11 +326,130 @@ def test_the_table_fits_its_terminal(outputs: Outputs, columns: int) -> None:
 
 
 def test_without_pipeline_json_the_folders_speak(outputs: Outputs) -> None:
-    with_graph = outputs.rows()
+    def without_clock() -> dict[str, dict[str, Any]]:
+        timed = ("goodput", "held_seconds", "seconds", "lost_by_cause")
+        return {name: {k: v for k, v in row.items() if k not in timed} for name, row in outputs.rows().items()}
+
+    with_graph = without_clock()
     (outputs.base / "full" / "pipeline.json").unlink()
-    assert outputs.rows() == with_graph
+    assert without_clock() == with_graph
     (outputs.base / "full" / "pipeline.json").write_text('{"stages": [1]}')
-    assert outputs.rows() == with_graph
+    assert without_clock() == with_graph
+
+
+# ----------------------------------------------------------------------------- where the time went
+
+
+def write_ledger(run: RunDirectory, *events: tuple[float, str, dict[str, Any]]) -> None:
+    """A ledger with times of its own: seconds before now."""
+    now = time.time()
+    lines = [{"time": now - before, "event": event, **fields, "version": 1} for before, event, fields in events]
+    run.ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def ended(outcome: str, action: str, until: float, **seconds: float) -> dict[str, Any]:
+    return {"attempt": 1, "code": 0, "outcome": outcome, "action": action, "reason": None, "step": 9,
+            "seconds": seconds, "measured_until": time.time() - until}  # fmt: skip
+
+
+@pytest.fixture
+def timed(outputs: Outputs) -> Outputs:
+    """base: finished after a node was lost; sft: runs; rm: requeued by SLURM, and nobody closed its attempt."""
+    base, sft, rm = (RunDirectory(outputs.base / "full" / name) for name in ("base", "sft", "rm"))
+    submitted = {"job_id": "101", "cluster": "h100"}
+    write_ledger(
+        base,
+        (1000, "submitted", submitted),
+        (990, "attempt_started", STARTED),
+        (600, "attempt_ended", ended("node_lost", "requeue", 800, startup=10, steps=180)),
+        (500, "attempt_started", STARTED | {"attempt": 2}),
+        (100, "attempt_ended", {**ended("finished", "exit", 105, startup=15, redone=80, steps=300), "attempt": 2}),
+    )
+    write_ledger(
+        sft,
+        (300, "submitted", {**submitted, "job_id": "102"}),
+        (200, "attempt_started", STARTED),
+        (190, "training_started", TRAINING),
+    )
+    seconds = {"startup": 10.0, "steps": 150.0, "saving": 30.0}
+    figures = {"version": 1, "attempt": 1, "step": 9, "time": time.time() - 10, "phase": "steps", "seconds": seconds}
+    (sft.slurm / "progress.json").write_text(json.dumps(figures))
+    write_ledger(
+        rm,
+        (300, "submitted", {**submitted, "job_id": "103"}),
+        (250, "attempt_started", STARTED | {"job_id": "103"}),
+        (240, "training_started", TRAINING),
+        (200, "checkpoint_saved", {"attempt": 1, "step": 4, "seconds": 2.0}),
+    )
+    outputs.squeue(squeue_line("102", "RUNNING", "None") + squeue_line("103", "PENDING", "NodeFailure"))
+    return outputs
+
+
+def test_every_second_of_a_row_has_a_name(timed: Outputs) -> None:
+    rows = timed.rows()
+    base, sft, rm = rows["base"], rows["sft"], rows["rm"]
+    assert base["goodput"] == pytest.approx(480 / 790, abs=1e-3) and base["outcome"] == "finished"
+    assert base["seconds"] == pytest.approx(
+        {"queued": 10, "hold": 100, "startup": 25, "steps": 480, "redone": 80, "saving": 0, "evaluation": 0,
+         "teardown": 5, "lost": 200, "stopped": 0}, abs=0.1)  # fmt: skip
+    assert base["lost_by_cause"] == pytest.approx(
+        {"node_lost": 200 + 100 + 15 + 80, "first_startup": 10, "teardown": 5}, abs=0.1
+    )
+    assert sum(sft["seconds"].values()) >= 300  # a live row is told up to the moment of the look
+    assert sft["seconds"]["startup"] == pytest.approx(10, abs=0.1)
+    assert sft["seconds"]["saving"] == 30 and 0 < sft["goodput"] < 1
+    assert (rm["state"], rm["reason"]) == ("requeued", "a node failed; SLURM starts it again")
+    assert rm["seconds"]["lost"] >= 200 and rm["seconds"]["steps"] == pytest.approx(38, abs=0.1)
+
+
+def test_a_pipeline_is_its_rows_added_up_and_the_table_says_the_same(timed: Outputs) -> None:
+    said = json.loads(timed.status("--json").stdout)
+    (pipeline,) = said["pipelines"]
+    assert pipeline["pipeline"] == "full"
+    for name, total in pipeline["seconds"].items():
+        assert total == pytest.approx(sum(row["seconds"][name] for row in said["runs"]), abs=0.01)
+    held = sum(row["held_seconds"] for row in said["runs"])
+    assert pipeline["goodput"] == pytest.approx(pipeline["seconds"]["steps"] / held, abs=1e-3)
+    lines = list(status.lines(said["runs"], 200))
+    assert lines[-1] == status.goodput_line(pipeline)
+    assert f"goodput {100 * pipeline['goodput']:.0f} %" in lines[-1]
+    shown = lines[-1].partition("lost to ")[2].split(", ")
+    assert len(shown) == len(pipeline["lost_by_cause"]) and shown[0].startswith("lost nodes 6:")
+    for row in said["runs"]:
+        line = next(line for line in lines[2:] if line.split()[0] == row["stage"])
+        assert (status.percent(row["goodput"]) or row["stage"]) in line
+    narrow = list(status.lines(said["runs"], 60))
+    assert "GOODPUT" in lines[1] and "GOODPUT" not in narrow[1]
+    assert " ".join(" ".join(narrow).split()).endswith(lines[-1])
+
+
+def test_a_dead_run_holds_nothing_after_its_last_sign_of_life(timed: Outputs) -> None:
+    timed.squeue("", 1, "slurm_load_jobs error: Invalid job id specified")
+    sft = timed.rows()["sft"]
+    assert sft["state"] == "failed"
+    assert sft["held_seconds"] == pytest.approx(190, abs=0.1) and sft["seconds"]["stopped"] >= 10
+
+
+def test_what_is_not_known_is_not_told(timed: Outputs) -> None:
+    timed.squeue("", 1, "slurm_load_jobs error: Unable to contact slurm controller")
+    sft = timed.rows()["sft"]
+    assert sft["state"] == "unknown"
+    assert sum(sft["seconds"].values()) == pytest.approx(290, abs=0.1)  # up to its last sign of life
+    assert timed.rows()["ppo"]["goodput"] is None
+
+
+def test_without_held_time_there_is_no_goodput(tmp_path: Path) -> None:
+    made = Outputs(tmp_path)
+    made.run("sft", job_id="101")
+    made.squeue(squeue_line("101", "PENDING", "Priority"))
+    (row,) = made.rows().values()
+    assert row["goodput"] is None and row["lost_by_cause"] == {}
+    assert "oodput" not in made.status().stdout.lower()
+
+
+def test_every_outcome_and_cause_has_words() -> None:
+    outcomes = {"preempted", "node_lost", "out_of_memory", "crashed", "hung", "cancelled"}
+    assert outcomes <= set(status.OUTCOMES) and outcomes <= set(status.CAUSES)
 
 
 def test_a_silent_slurm_makes_states_unknown_but_not_finished_ones(outputs: Outputs) -> None:
@@ -412,7 +558,8 @@ SCALARS = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["\0", "\ud800"])
 )
 NAMES = st.sampled_from(["event", "time", "step", "max_steps", "loss", "reward", "attempt", "job_id", "cluster",
-                         "outcome", "action", "reason", "run_dir", "stage", "inputs", "slurm", "score"])  # fmt: skip
+                         "outcome", "action", "reason", "run_dir", "stage", "inputs", "slurm", "score", "seconds",
+                         "measured_until", "phase", "startup", "steps"])  # fmt: skip
 EVENTS = st.sampled_from(["submitted", "attempt_started", "checkpoint_saved", "attempt_ended", "cancelled", "x"])
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(NAMES, inner, max_size=2))
 EVENT_LIKE = st.builds(
@@ -450,6 +597,7 @@ def test_junk_never_stops_a_look(
         run.create()
         run.ledger.write_bytes(ledger_text)
         run.metrics.write_bytes(metrics)
+        (run.slurm / "progress.json").write_bytes(results)
         run.config.write_bytes(config)
         run.model.mkdir()
         run.results.write_bytes(results)
@@ -457,7 +605,7 @@ def test_junk_never_stops_a_look(
         (run.root.parent / "pipeline.json").write_bytes(graph)
         (row,) = status.collect(Path(folder), ["full"])
         assert row["state"] in status.STATES
-        json.dumps({"runs": [row]}, allow_nan=False)
+        json.dumps({"runs": [row], "pipelines": status.pipelines_of([row])}, allow_nan=False)
         for width in (20, 80, 200):
             shown = list(status.lines([row], width))
             assert all(len(line) <= width for line in shown)

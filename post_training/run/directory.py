@@ -195,9 +195,11 @@ class RunDirectory:
     # -- two small files that processes on other nodes keep reading: who is the newest, and who is to stop
 
     def announce(self, attempt: int) -> None:
-        """Make this the newest attempt: whatever is left of older ones can write nothing from here on."""
-        with self._exclusive():
-            _write_in_place(self.newest_attempt_file, f"{attempt}\n")
+        """Make this the newest attempt: whatever is left of older ones can write nothing from here on.
+
+        To be called within `exclusive`.
+        """
+        _write_in_place(self.newest_attempt_file, f"{attempt}\n")
 
     def newest_attempt(self) -> int:
         """The number of the newest attempt; 0 before the first."""
@@ -209,7 +211,7 @@ class RunDirectory:
 
         A node that SLURM has given up may live on, with the ranks of an old attempt still running.
         """
-        with self._exclusive():
+        with self.exclusive():
             if self.newest_attempt() > attempt:
                 raise Fenced(f"attempt {attempt} of {self.root}: a newer attempt has begun")
             yield
@@ -223,8 +225,8 @@ class RunDirectory:
         return _read_number(self.stop_request) == attempt
 
     @contextlib.contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """flock, which Linux carries over NFS; where a file system has no locks, a moment of luck remains."""
+    def exclusive(self) -> Iterator[None]:
+        """One process at a time: flock, which Linux carries over NFS; without locks there, a moment of luck remains."""
         descriptor = os.open(self.slurm / ".write.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             with contextlib.suppress(OSError):

@@ -224,27 +224,28 @@ def begin(
         folder = Path(source["path"]) if source and source.get("run_dir") else None
         if folder is not None and (why := manifest.problem(folder)):
             raise RuntimeError(f"inputs.{name}={folder}: not a complete output ({why})")
-    history = summarise(ledger.read(run.ledger))
-    if history.job_id not in (None, job_id, gone) and not sole:
-        return Begun(code=BUSY, says=str(history.job_id))
-    if history.running:
-        _close_lost_attempt(run, history, same_job=history.job_id == job_id)
+    with run.exclusive():
         history = summarise(ledger.read(run.ledger))
-    avoid = _avoid(history, config)
-    if not sole and set(nodes) & set(avoid):
-        ledger.append(run.ledger, "avoided", job_id=job_id, nodes=sorted(set(nodes) & set(avoid)))
-        return Begun(code=AVOID, says=",".join(avoid))
-    limits = _limits(config)
-    if (why := futile(history.attempts_without_progress, limits)) is not None:
-        _give_up(run, history.attempts, why)
-        raise RuntimeError(why)
-    attempt = history.attempts + 1
-    run.announce(attempt)  # first of all: from here on an older attempt can write nothing
-    ledger.append(
-        run.ledger, "attempt_started", attempt=attempt, job_id=job_id, node=nodes[0] if nodes else "", nodes=nodes,
-        restart_count=restart_count,
-    )  # fmt: skip
-    return Begun(attempt)
+        if history.job_id not in (None, job_id, gone) and not sole:
+            return Begun(code=BUSY, says=str(history.job_id))
+        if history.running:
+            close_lost_attempt(run, history, same_job=history.job_id == job_id)
+            history = summarise(ledger.read(run.ledger))
+        avoid = _avoid(history, config)
+        if not sole and set(nodes) & set(avoid):
+            ledger.append(run.ledger, "avoided", job_id=job_id, nodes=sorted(set(nodes) & set(avoid)))
+            return Begun(code=AVOID, says=",".join(avoid))
+        limits = _limits(config)
+        if (why := futile(history.attempts_without_progress, limits)) is not None:
+            _give_up(run, history.attempts, why)
+            raise RuntimeError(why)
+        attempt = history.attempts + 1
+        run.announce(attempt)  # first of all: from here on an older attempt can write nothing
+        ledger.append(
+            run.ledger, "attempt_started", attempt=attempt, job_id=job_id, node=nodes[0] if nodes else "", nodes=nodes,
+            restart_count=restart_count,
+        )  # fmt: skip
+        return Begun(attempt)
 
 
 def _limits(config: dict[str, Any]) -> Limits:
@@ -259,7 +260,7 @@ def _avoid(history: History, config: dict[str, Any]) -> list[str]:
     return [*([given] if given and bad else []), *bad]
 
 
-def _close_lost_attempt(run: RunDirectory, history: History, same_job: bool) -> None:
+def close_lost_attempt(run: RunDirectory, history: History, same_job: bool) -> None:
     """Record the end of an attempt whose script could not."""
     reason: str | None
     if same_job and history.stop_signal == "TERM":
@@ -271,7 +272,7 @@ def _close_lost_attempt(run: RunDirectory, history: History, same_job: bool) -> 
     else:
         word, reason = Word(), f"job {history.job_id} is gone and did not record its end"
     outcome: str = word.cause or ("stopped" if history.stop_signal == "TERM" else "crashed")
-    _record_end(run, history, history.attempts, 137, Ending(outcome, "requeue", reason=reason), word)
+    record_end(run, history, history.attempts, 137, Ending(outcome, "requeue", reason=reason), word)
 
 
 def stop(run: RunDirectory, attempt: int, signal: str, word: Word) -> None:
@@ -308,7 +309,7 @@ def end(
         )  # fmt: skip
         outcome, reason = classify(seen)
         ending = decide(outcome, reason, code, word, signal, history, _limits(config))
-    _record_end(run, history, attempt, code, ending, word)
+    record_end(run, history, attempt, code, ending, word)
     wall = config["slurm"].get("signal_time_seconds")
     if signal == "USR1":
         _warn_of_short_lead(run, wall)
@@ -318,7 +319,10 @@ def end(
     return ending
 
 
-def _record_end(run: RunDirectory, history: History, attempt: int, code: int, ending: Ending, word: Word) -> None:
+def record_end(
+    run: RunDirectory, history: History, attempt: int, code: int, ending: Ending, word: Word = Word()
+) -> None:
+    """Write `attempt_ended` with what rank 0 measured, and the failure count. history: before this end."""
     figures = progress.read(run, attempt)
     until = figures["time"] if figures else None
     in_order = ending.outcome == "finished" or history.answered

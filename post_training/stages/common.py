@@ -123,7 +123,6 @@ def trainer_arguments(stage: Stage, lr: float) -> dict[str, Any]:
     the new one has its manifest.
     """
     cfg, training = stage.cfg, stage.cfg.training
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(stage.run.logs)
     on_cpu = not torch.cuda.is_available()
     if on_cpu:  # else each rank would be on a device "cpu:<rank>", which torch.load refuses on resume
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
@@ -154,7 +153,7 @@ def trainer_arguments(stage: Stage, lr: float) -> dict[str, Any]:
         "seed": cfg.seed,
         "logging_steps": cfg.logging.steps,
         "logging_first_step": True,
-        "report_to": list(cfg.logging.report_to),
+        "report_to": [],  # post_training.tracking reports
         "run_name": f"{stage.run.pipeline}/{stage.run.name}",
         "disable_tqdm": True,
         "save_strategy": "steps",

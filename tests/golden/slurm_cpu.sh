@@ -44,10 +44,13 @@ hear() {
 
 # The same job id: dependents keep waiting. SLURM ends this script when it has taken the request.
 requeue() { # [nodes to avoid]
-  local avoid=${1# } tries=0
+  local avoid=${1# } tries=0 said
   trap '' TERM USR1
-  until scontrol requeue "$SLURM_JOB_ID"; do # the controller may be away for a while
+  until said=$(scontrol requeue "$SLURM_JOB_ID" 2>&1); do # the controller may be away for a while
+    echo "$said" >&2
     tries=$((tries + 1))
+    # requeued by SLURM already, or even running again while this script lives on, on a node that was given up
+    if [[ $said == *"pending execution"* ]] || ! newest; then break; fi
     if [ "$tries" -ge 60 ]; then exit 1; fi
     pause 5
   done
@@ -55,13 +58,16 @@ requeue() { # [nodes to avoid]
   if [ -n "$avoid" ]; then scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$avoid"; fi
   exec sleep 600
 }
+newest() { [ -z "$mine" ] || [ "$(cat "$RUN_DIR/slurm/newest_attempt")" -le "$mine" ]; }
+mine=""
 
 # Preempted or cancelled: SLURM ends this script. A job that left by itself within its preemption grace would
 # not be requeued by SLURM (seen with 22.05), so it stays until then.
 wait_for_the_end() {
   trap '' TERM USR1
   pause 3600
-  requeue
+  if newest; then requeue; fi
+  exit 143
 }
 
 # Another job of this run may still be queued or running: only SLURM knows.
@@ -115,6 +121,7 @@ trap 'ask TERM' TERM
 trap 'interrupted=1; late=124' USR2
 trap 'interrupted=1; late=86' ALRM
 
+mine=$attempt
 # A step of its own that outlives this shell: where the shell alone is killed, the job would end as failed and take its
 # dependents with it. SLURM gives a step KillWait seconds to leave, and the job is not over until then: time enough to
 # requeue it.
@@ -125,7 +132,11 @@ srun --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" --gpus-per-nod
     trap "exit 0" USR1
     while kill -0 "$LIFE_SHELL" 2>/dev/null; do read -rt 0.5 <> <(:); done
     case $("$0" -m post_training.run.life guard "$1" --attempt "$2") in
-      requeue) for _ in 1 2 3 4 5 6; do scontrol requeue "$SLURM_JOB_ID" && break; read -rt 1 <> <(:); done ;;
+      requeue)
+        until said=$(scontrol requeue "$SLURM_JOB_ID" 2>&1) || [[ $said == *"pending execution"* ]]; do
+          read -rt 1 <> <(:)
+        done
+        ;;
     esac
   ' "$PYTHON" "$RUN_DIR" "$attempt" &
 guard=$!
@@ -162,7 +173,8 @@ while :; do
 done
 kill "${aside[@]}" 2>/dev/null
 
-if [ "$code" -ne 0 ] && [ -z "${word[*]}" ]; then hear; fi
+# srun ends with 0 where its node was given up
+if [ ! -e "$RUN_DIR/model/manifest.json" ] && [ -z "${word[*]}" ]; then hear; fi
 action=$(life end "$RUN_DIR" --attempt "$attempt" --code "$code" --signal "$signal" "${word[@]}") || exit 1
 case $action in
   "exit "*) kill -USR1 "$guard" 2>/dev/null && wait "$guard" 2>/dev/null ;;
