@@ -20,6 +20,7 @@ from typing import Any
 
 from conf.schema import Slurm, Training
 from launchers import devcluster as dc
+from launchers.slurm import TOKEN
 from post_training.run import ledger, manifest
 from post_training.run.directory import RunDirectory
 from tests.drill import faults as hands
@@ -32,6 +33,7 @@ RUN_NAME = "drill"
 LOOK_SECONDS = 0.5
 RECOVERY_SECONDS = 240.0
 """A run that has not gone on by then never will: requeue hold, start-up and the longest watchdog are far below."""
+UNSEEN_SECONDS = 60.0
 DISK_MB = 96
 """Size of each run's own disk: some checkpoints of a tiny model, soon filled."""
 
@@ -163,8 +165,9 @@ class Pipeline:
         states: dict[str, list[str]] = {}
         for line in text.splitlines():
             job_id, state, comment = line.split("|", 2)
-            self.sightings.append(Sighting(now, job_id, state, comment))
-            states.setdefault(comment, []).append(state)
+            root = comment.partition(TOKEN)[0]
+            self.sightings.append(Sighting(now, job_id, state, root))
+            states.setdefault(root, []).append(state)
         for name, view in self.views.items():
             seen, mine = self.seen[name], states.get(str(view.run.root), [])
             if mine and seen.first is None:
@@ -183,10 +186,14 @@ class Pipeline:
 
 
 def wait_until_ended(pipeline: Pipeline, say: Progress) -> None:
-    """Wait until all jobs have ended, well or not."""
+    """Wait until all jobs have ended, well or not. Raises RuntimeError where the queue does not show them."""
+    start = time.monotonic()
     while not all(pipeline.ended(stage.name) for stage in pipeline.stages):
         say.line(" ".join(f"{name} {view.step()}/{view.stage.steps}" for name, view in pipeline.views.items()))
         time.sleep(LOOK_SECONDS)
+        unseen = [stage.name for stage in pipeline.stages if pipeline.seen[stage.name].first is None]
+        if unseen and time.monotonic() - start > UNSEEN_SECONDS:
+            raise RuntimeError(f"squeue shows no job of {', '.join(unseen)} with its run directory in the comment")
 
 
 class Progress:

@@ -25,7 +25,7 @@ class Sighting:
     time: float  # seconds since the epoch
     job_id: str
     state: str
-    comment: str
+    root: str  # the run directory that its comment names
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Evidence:
 
     stage: str
     after: str | None
-    root: str  # the run directory: the job's comment
+    root: str  # the run directory
     steps: int
     save_steps: int
     events: Sequence[Event]  # the ledger
@@ -113,7 +113,7 @@ def _weights(evidence: Evidence) -> list[str]:
 
 
 def _one_job(evidence: Evidence, sightings: Sequence[Sighting]) -> list[str]:
-    mine = [s for s in sightings if s.comment == evidence.root]
+    mine = [s for s in sightings if s.root == evidence.root]
     ids = {e["job_id"] for e in evidence.events if "job_id" in e} | {s.job_id for s in mine}
     found = [] if len(ids) == 1 else [f"job ids {', '.join(sorted(ids)) or 'none'}, not one for life"]
     submitted = len(_of(evidence.events, "submitted"))
