@@ -203,7 +203,7 @@ def write(plan: Plan, undo: _Undo) -> None:
             undo.made.append(run.root)
         run.create()
         if planned.history.running and plan.scheduler == "slurm":
-            life._close_lost_attempt(run, planned.history, same_job=False)  # its job is gone
+            life.close_lost_attempt(run, planned.history, same_job=False)  # its job is gone
         if planned.from_scratch:
             set_aside(run)
         if not planned.started:
