@@ -372,9 +372,10 @@ def load(dir: str | Path) -> Cluster | None:
     return Cluster(**(values | {"dir": folder, "nodes": tuple(values["nodes"])}))
 
 
-def up(dir: str | Path | None = None, accounting: bool = False, grace_s: int = 20) -> Cluster:
+def up(dir: str | Path | None = None, accounting: bool = False, **settings: Any) -> Cluster:
     """Brings a cluster up and waits until its nodes are idle. One that is up already is returned as it is.
 
+    settings: numbers of a new cluster other than the defaults, named as Cluster's fields (``grace_s``, ``gpus``, ...).
     Where some or all daemons of a known cluster are gone (killed, machine restarted), starts them on the
     state they left. What fails here is taken down again.
     """
@@ -390,7 +391,7 @@ def up(dir: str | Path | None = None, accounting: bool = False, grace_s: int = 2
         if any(folder.iterdir()):
             raise DevClusterError(f"{folder} holds files that are not a dev cluster's: name another --dir")
         try:
-            return _create(folder, accounting, grace_s)
+            return _create(folder, accounting, settings)
         except BaseException:
             _kill_all(folder)
             _remove(folder, keep=existed)
@@ -427,9 +428,9 @@ def status(dir: str | Path | None = None) -> Status:
     return Status(folder, cluster.conf, running, cluster.accounting, daemons, nodes)
 
 
-def _create(folder: Path, accounting: bool, grace_s: int) -> Cluster:
+def _create(folder: Path, accounting: bool, settings: Mapping[str, Any]) -> Cluster:
     _kill_all(folder)  # daemons whose folder was removed under them
-    cluster = Cluster(folder, {}, accounting=accounting, grace_s=grace_s)
+    cluster = dataclasses.replace(Cluster(folder, {}, accounting=accounting), **settings)
     cluster = dataclasses.replace(cluster, ports=_free_ports(cluster))
     cluster._save()  # first of all: from here on `down` knows the folder
     return _bring_up(cluster)

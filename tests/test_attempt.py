@@ -1,4 +1,4 @@
-"""What can go wrong for one attempt of a real training: hangs, full disks, lack of memory, other world sizes, zombies."""
+"""What can go wrong for one attempt of a real training: hangs, full disks, lack of memory, zombies, other worlds."""
 
 from __future__ import annotations
 
@@ -150,10 +150,11 @@ def test_another_world_size_says_what_holds(tmp_path: Path, start: Path) -> None
     assert [m["step"] for m in metrics(run) if "loss" in m] == [1, 2, 3, 4, 5, 6]
 
 
-def test_saves_by_the_clock(tmp_path: Path, start: Path) -> None:
-    """A save is due after every step: an interval shorter than one."""
-    run = make_run(tmp_path, "sft", "training.max_steps=4", "checkpointing.save_steps=500",
-                   "checkpointing.save_minutes=0.00001", "checkpointing.save_total_limit=9", model=start)  # fmt: skip
+@pytest.mark.parametrize("every", [["save_minutes=0.00001"], ["save_minutes=auto", "mttf_hours=1e-9"]])
+def test_saves_by_the_clock(tmp_path: Path, start: Path, every: list[str]) -> None:
+    """A save is due after every step: an interval shorter than one, or failures expected sooner than one."""
+    given = [f"checkpointing.{key}" for key in ("save_steps=500", "save_total_limit=9", *every)]
+    run = make_run(tmp_path, "sft", "training.max_steps=4", *given, model=start)
     Attempt(run, world_size=2).finish()
     assert [e["step"] for e in events(run, "checkpoint_saved")] == [1, 2, 3, 4]
 
