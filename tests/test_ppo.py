@@ -622,8 +622,8 @@ def test_resume_is_exact(tmp_path, case):
 
 def test_resume_without_its_state_file_is_refused(tmp_path):
     make_trainer(tmp_path, callbacks=[StopAt(1)]).train()
-    (tmp_path / "checkpoint-1" / "ppo_state_rank0.pt").unlink()
-    with pytest.raises(FileNotFoundError, match="ppo_state_rank0"):
+    (tmp_path / "checkpoint-1" / "rank_state_0.pt").unlink()
+    with pytest.raises(FileNotFoundError, match="rank_state_0"):
         make_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 

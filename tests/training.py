@@ -212,8 +212,12 @@ class Attempt:
             process.send_signal(signal.SIGTERM)
 
     def wait_for_step(self, step: int) -> None:
-        """Return once the metrics show that the step was taken, or fail when the processes end before."""
-        self.wait_until(lambda: any(line["step"] >= step for line in metrics(self.run)), f"step {step}")
+        """Return once metrics or ledger show that the step was taken, or fail when the processes end before."""
+
+        def taken() -> bool:
+            return any(line["step"] >= step for line in [*metrics(self.run), *events(self.run, "checkpoint_saved")])
+
+        self.wait_until(taken, f"step {step}")
 
     def stop_at(self, step: int, ask: Callable[[], object]) -> None:
         """Let steps pass, and `ask` while rank 0 is held at the end of `step`: the run was made with `hold`."""
