@@ -143,10 +143,14 @@ IMPORTED_ONCE = (
 """What attempts import and takes long. deepspeed as well: accelerate imports it where it is installed."""
 
 
+IMPORTED_UNDER_ZERO = ("deepspeed.runtime.zero.muon.original_muon",)
+"""What DeepSpeed imports when it makes an engine; it brings the whole of torch's compiler."""
+
+
 @cache
-def server() -> ForkServer:
-    """The server of plain attempts, started by the first one."""
-    started = ForkServer(IMPORTED_ONCE, base_environment())
+def server(zero: bool) -> ForkServer:
+    """The server of plain attempts, or of those under ZeRO; started by the first of them."""
+    started = ForkServer((*IMPORTED_ONCE, *(IMPORTED_UNDER_ZERO if zero else ())), base_environment())
     atexit.register(started.close)
     return started
 
@@ -174,7 +178,8 @@ class Attempt:
     def _start(self, env: dict[str, str], output: BinaryIO, fork: bool) -> ForkedProcess | subprocess.Popen[bytes]:
         module, args, cwd = "post_training.train", [str(self.run.root)], self.run.root
         if fork:
-            return server().start(module, args, env, cwd, output)
+            zero = self.run.read_config()["parallel"]["strategy"] != "ddp"
+            return server(zero).start(module, args, env, cwd, output)
         command = [sys.executable, "-m", module, *args]
         return subprocess.Popen(command, env=env, cwd=cwd, stdout=output, stderr=subprocess.STDOUT)
 

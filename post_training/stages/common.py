@@ -178,7 +178,7 @@ def trainer_arguments(stage: Stage, lr: float) -> dict[str, Any]:
         "save_strategy": "steps",
         "save_steps": cfg.checkpointing.save_steps,
         "save_total_limit": None,
-        "use_cpu": on_cpu and zero is None,  # with use_cpu accelerate does not look for DeepSpeed
+        "use_cpu": on_cpu,
         "deepspeed": zero,
         # a backend named in a single process makes accelerate look for a process group that is not there
         "ddp_backend": (cfg.parallel.backend or ("gloo" if on_cpu else "nccl")) if "WORLD_SIZE" in os.environ else None,

@@ -241,7 +241,7 @@ class PolicyWithValue(PreTrainedModel):
         # A copy, since the Trainer writes into it (use_cache=False), and the policy's is exported.
         super().__init__(deepcopy(policy.config))
         self.policy = policy
-        hidden = policy.get_output_embeddings().weight.shape[1]
+        hidden = policy.get_output_embeddings().in_features  # under ZeRO-3 the weight itself is elsewhere
         # float32 also beside a bf16 policy: values are regressed, and bf16 has three digits.
         self.value_head = nn.Linear(hidden, 1, device=policy.device, dtype=torch.float32)
         nn.init.zeros_(self.value_head.weight)
