@@ -68,6 +68,12 @@ class ExactResume(Trainer):
             logger.warning("resumed on %d ranks, saved on %d: not exact", self.args.world_size, state["world_size"])
         self.restore_rank_state(state)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Each tied weight once: DeepSpeed hands over copies, of which save_pretrained cannot see it."""
+        if state_dict is not None:
+            state_dict = {k: v for k, v in state_dict.items() if k not in self.model.all_tied_weights_keys}
+        super()._save(output_dir, state_dict)
+
     def _run_epoch(self, **kwargs: Any) -> None:
         """The Trainer has set its sums to 0 just before the first pass, whether it resumes or not."""
         if self._loss_sums is not None:

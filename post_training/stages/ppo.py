@@ -41,6 +41,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from post_training import data
 from post_training.rewards.verify import reward_functions
@@ -242,8 +243,10 @@ class PolicyWithValue(PreTrainedModel):
         super().__init__(deepcopy(policy.config))
         self.policy = policy
         hidden = policy.get_output_embeddings().in_features  # under ZeRO-3 the weight itself is elsewhere
-        # float32 also beside a bf16 policy: values are regressed, and bf16 has three digits.
-        self.value_head = nn.Linear(hidden, 1, device=policy.device, dtype=torch.float32)
+        # float32 also beside a bf16 policy: values are regressed, and bf16 has three digits. ZeRO-3 wants one type
+        # for all parameters, and updates a float32 copy of each.
+        dtype = policy.dtype if is_deepspeed_zero3_enabled() else torch.float32
+        self.value_head = nn.Linear(hidden, 1, device=policy.device, dtype=dtype)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         if value_init == "rm":
@@ -315,8 +318,10 @@ class PolicyWithValue(PreTrainedModel):
         state_dict: this module's state, where it does not lie in the module itself (ZeRO-3).
         """
         if state_dict is not None:
-            state_dict = {
-                k.removeprefix("policy."): v for k, v in state_dict.items() if k.startswith("policy.")
+            state_dict = {  # each tied weight once: DeepSpeed hands over copies
+                k.removeprefix("policy."): v
+                for k, v in state_dict.items()
+                if k.startswith("policy.") and k not in self.all_tied_weights_keys
             }
         self.policy.save_pretrained(path, state_dict=state_dict)
         if tokenizer is not None:
