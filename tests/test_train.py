@@ -554,6 +554,24 @@ def test_metrics_past_the_resumed_step_are_dropped(tmp_path: Path) -> None:
     assert run.metrics.read_text() == "".join(f"{line}\n" for line in lines[:2])
 
 
+def test_grpo_asks_in_an_order_of_each_pass_s_own() -> None:
+    """A sampler made in the middle of a run goes on as one that was there from the start; the first pass is TRL's."""
+    from trl.trainer.utils import RepeatSampler
+
+    from post_training.stages.grpo import EpochSampler
+
+    shape = {"data_source": range(10), "mini_repeat_count": 2, "batch_size": 2, "repeat_count": 3, "seed": 7}
+    epoch = 0
+    sampler = EpochSampler(**shape, epoch=lambda: epoch)
+    passes = []
+    for epoch in range(3):
+        passes.append(list(sampler))
+        assert passes[-1] == list(EpochSampler(**shape, epoch=lambda e=epoch: e))
+    assert passes[0] == list(RepeatSampler(**shape))
+    assert len({tuple(order) for order in passes}) == 3
+    assert all(sorted(order) == sorted(passes[0]) for order in passes)
+
+
 SRUN = {"SLURM_PROCID": "5", "SLURM_STEP_ID": "0", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8"}
 
 
