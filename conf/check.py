@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import math
 import re
 from collections.abc import Iterable
 
@@ -12,7 +13,7 @@ from conf.schema import LENGTHS, TECHNIQUES, Config
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16", "float16"),
     "training.lr_scheduler": ("cosine", "linear", "constant", "constant_with_warmup"),
-    "parallel.strategy": ("ddp",),
+    "parallel.strategy": ("ddp", "zero2", "zero3"),
     "data.name": ("arithmetic", "gsm8k", "hh_rlhf"),
     "cluster.scheduler": ("slurm", "local", "auto"),
 }
@@ -22,6 +23,9 @@ AT_LEAST: dict[str, float] = {
     "training.max_length": 2,
     "training.warmup_steps": 0,
     "training.weight_decay": 0,
+    "training.dataloader_num_workers": 0,
+    "grpo.num_iterations": 1,
+    "grpo.steps_per_generation": 1,
     "checkpointing.save_steps": 1,
     "checkpointing.save_total_limit": 1,
     "checkpointing.inference_checkpoint_steps": 1,
@@ -126,6 +130,7 @@ def check_run(cfg: Config) -> None:
     if cfg.stage != "eval":
         _check_length(cfg)
         _check_batch(cfg)
+        _check_parallel(cfg)
     if cfg.stage == "ppo":
         reward = cfg.ppo.reward
         if not (reward.correct or reward.format or reward.random or cfg.ppo.reward_model_weight):
@@ -182,6 +187,8 @@ def _check_slurm(cfg: Config) -> None:
 
 
 def _check_model(cfg: Config) -> None:
+    if not 0 <= cfg.model.dropout < 1:
+        raise ConfigError("model.dropout", cfg.model.dropout, "must be at least 0 and below 1", "model.dropout=0.1")
     if cfg.model.hidden_size % cfg.model.num_heads:
         raise ConfigError(
             "model.num_heads", cfg.model.num_heads, f"must divide model.hidden_size={cfg.model.hidden_size}",
@@ -229,6 +236,26 @@ def _check_batch(cfg: Config) -> None:
             "grpo.num_generations", cfg.grpo.num_generations, f"must divide training.effective_batch_size={batch}",
             f"grpo.num_generations={_nearest_divisor(batch, cfg.grpo.num_generations)}",
         )  # fmt: skip
+    if cfg.stage == "grpo" and cfg.grpo.steps_per_generation is not None:
+        wanted, generations = cfg.grpo.steps_per_generation, cfg.grpo.num_generations
+        if wanted * per_device * world % generations:
+            least = generations // math.gcd(generations, per_device * world)
+            raise ConfigError(
+                "grpo.steps_per_generation", wanted,
+                f"makes {wanted * per_device * world} completions at once, no multiple of "
+                f"grpo.num_generations={generations}",
+                f"grpo.steps_per_generation={-(-wanted // least) * least}",
+            )  # fmt: skip
+    if cfg.stage == "kto" and per_device < 2:
+        problem = "the KL term compares the answers of one batch with each other, so a batch needs two or more"
+        fix = "training.per_device_train_batch_size=2"
+        raise ConfigError("training.per_device_train_batch_size", per_device, problem, fix)
+
+
+def _check_parallel(cfg: Config) -> None:
+    if cfg.parallel.strategy != "ddp" and world_size(cfg) == 1:
+        problem = "there is one rank, which has nobody to share the model with"
+        raise ConfigError("parallel.strategy", cfg.parallel.strategy, problem, "parallel=ddp, or more ranks")
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

@@ -44,6 +44,7 @@ class Model:
     max_position_embeddings: int = key(1024, "from scratch: longest sequence, tokens")
     initializer_range: float = key(0.02, "from scratch: standard deviation of the random weights")
     tie_word_embeddings: bool = key(True, "from scratch: input and output embeddings are one matrix")
+    dropout: float = key(0.0, "from scratch: dropout of attention weights, 0 up to 1; off in rm, dpo, orpo and kto")
 
 
 @dataclass
@@ -55,7 +56,7 @@ class Data:
     max_samples: int | None = key(None, "at most so many training records, after shuffling; null: all")
     num_documents: int = key(25600, "arithmetic: documents for the base stage")
     num_demonstrations: int = key(8000, "arithmetic: demonstrations for sft")
-    num_pairs: int = key(2000, "arithmetic: preference pairs for rm and dpo")
+    num_pairs: int = key(2000, "arithmetic: preference pairs for rm, dpo, orpo and kto")
     num_prompts: int = key(4000, "arithmetic: prompts for ppo and grpo")
     worked_fraction: float = key(0.7, "arithmetic: share of base documents with worked columns, 0 to 1")
     seed: int = key(0, "seed of generation, of the held-out split and of shuffling records")
@@ -76,6 +77,7 @@ class Training:
     adam_beta2: float = key(0.999, "AdamW decay of squared gradients")
     max_grad_norm: float = key(1.0, "gradient norm is clipped to this")
     gradient_checkpointing: bool = key(False, "recompute activations in the backward pass to save memory")
+    dataloader_num_workers: int = key(0, "processes that prepare batches, on each rank; 0: the trainer itself")
 
 
 @dataclass
@@ -121,7 +123,7 @@ class Cluster:
 
 @dataclass
 class Parallel:
-    strategy: str = key("ddp", "how ranks share the work: ddp")
+    strategy: str = key("ddp", "how ranks share the work: ddp, zero2 or zero3 (DeepSpeed)")
     backend: str | None = key(None, "torch.distributed backend; null: nccl with GPUs, else gloo")
     timeout_minutes: int = key(60, "minutes a collective may take; more than slurm.watchdog_minutes, which tells why")
 
@@ -196,10 +198,26 @@ class Dpo:
 
 
 @dataclass
+class Orpo:
+    lr: float = key(8e-6, "peak learning rate")
+    beta: float = key(0.1, "weight of the odds ratio beside the loss on the chosen answer (lambda in the paper)")
+
+
+@dataclass
+class Kto:
+    lr: float = key(1e-6, "peak learning rate")
+    beta: float = key(0.1, "strength of the pull to the reference")
+    desirable_weight: float = key(1.0, "weight of the losses of good answers")
+    undesirable_weight: float = key(1.0, "weight of the losses of bad answers")
+
+
+@dataclass
 class Grpo:
     lr: float = key(1e-6, "peak learning rate")
     reward: Reward = key(Reward(), "weights of the verifiable rewards")
     num_generations: int = key(8, "completions per prompt; must divide effective_batch_size")
+    num_iterations: int = key(1, "passes over each generation")
+    steps_per_generation: int | None = key(None, "forward passes that one generation serves; null: one optimizer step")
     beta: float = key(0.0, "weight of the KL to the reference; 0: no reference is loaded")
     temperature: float = key(1.0, "sampling temperature")
     max_completion_length: int = key(256, "longest completion, tokens")
@@ -238,7 +256,7 @@ class Pipeline:
 class Config:
     """Everything. `stage` names what a run does; `pipeline` is the graph that it is one stage of."""
 
-    stage: str = key("sft", "the stage to submit: base, sft, rm, ppo, dpo, grpo, eval, or a name in the pipeline")
+    stage: str = key("sft", "the stage to submit: a technique (base, sft, rm, ...), or a name in the pipeline")
     run_name: str | None = key(None, "folder of this pipeline under paths.output_base; null: the pipeline's name")
     seed: int = key(0, "seed of initialisation, data order, dropout and sampling")
     offline: bool = key(False, "never ask a hub: models and data must be local files")
@@ -259,13 +277,15 @@ class Config:
     rm: Rm = key(Rm(), "rm stage: Bradley-Terry reward model")
     ppo: Ppo = key(Ppo(), "ppo stage")
     dpo: Dpo = key(Dpo(), "dpo stage")
+    orpo: Orpo = key(Orpo(), "orpo stage: odds-ratio preference optimisation, no reference")
+    kto: Kto = key(Kto(), "kto stage: Kahneman-Tversky optimisation, single answers marked good or bad")
     grpo: Grpo = key(Grpo(), "grpo stage")
     eval: Eval = key(Eval(), "eval stage: held-out judgement of one model")
     pipeline: Pipeline = key(Pipeline(), "the graph of stages")
     stages: dict[str, Any] = key({}, "what `<stage>.<key>=...` on the command line sets for one stage alone")
 
 
-TECHNIQUES = ("base", "sft", "rm", "ppo", "dpo", "grpo", "eval")
+TECHNIQUES = ("base", "sft", "rm", "ppo", "dpo", "orpo", "kto", "grpo", "eval")
 """Stages with a section of their own in the config, and a file in post_training/stages/."""
 
 LENGTHS = ("max_steps", "num_training_samples", "num_training_tokens", "num_train_epochs")

@@ -179,7 +179,7 @@ def test_every_stage_of_every_pipeline_composes_and_is_valid(tmp_path: Path) -> 
         ("lr=3", "lr", "sft.lr"),
         ("sft.lrr=3", "sft.lrr", "sft.lr"),
         ("sft.training.max_step=3", "training.max_step", "training.max_steps"),
-        ("foo=1", "foo", "--help"),
+        ("zzz=1", "zzz", "--help"),
         ("+foo=1", "foo", "no such key"),
         ("++training.foo=1", "training.foo", "no such key"),
         ("~seed", "seed", "cannot be deleted"),
@@ -348,3 +348,39 @@ def test_check_run_refuses_impossible_combinations() -> None:
     for token in ("slurm.wall_time=1:2:3:4", "slurm.signal_time_seconds=999999", "model.num_heads=3", "slurm.mem=lots"):
         with pytest.raises(ConfigError, match="fix:"):
             check_run(config("sft", token))
+
+
+GRPO = ("slurm.num_nodes=1", "slurm.gpus_per_node=2", "training.effective_batch_size=16",
+        "training.per_device_train_batch_size=2", "grpo.num_generations=8")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides", "key", "fix"),
+    [
+        ("sft", ("parallel=zero2", "slurm.gpus_per_node=0"), "parallel.strategy", "parallel=ddp"),
+        ("sft", ("parallel.strategy=zero1",), "parallel.strategy", "zero"),
+        ("sft", ("model.dropout=1",), "model.dropout", "model.dropout=0.1"),
+        ("sft", ("training.dataloader_num_workers=-1",), "training.dataloader_num_workers", "=0"),
+        ("kto", ("training.per_device_train_batch_size=1",), "training.per_device_train_batch_size", "=2"),
+        ("grpo", ("grpo.num_iterations=0",), "grpo.num_iterations", "=1"),
+        ("grpo", (*GRPO, "grpo.steps_per_generation=3"), "grpo.steps_per_generation", "grpo.steps_per_generation=4"),
+    ],
+)
+def test_techniques_refuse_what_cannot_work(stage: str, overrides: tuple[str, ...], key: str, fix: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config(stage, f"stage={stage}", *overrides, only_one=True)
+    assert caught.value.key == key
+    assert fix in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides"),
+    [
+        ("sft", ("parallel=zero3", "slurm.gpus_per_node=2")),
+        ("eval", ("parallel=zero3", "slurm.gpus_per_node=0")),
+        ("grpo", (*GRPO, "grpo.steps_per_generation=2")),
+        ("grpo", (*GRPO, "grpo.num_iterations=3")),
+    ],
+)
+def test_techniques_take_what_works(stage: str, overrides: tuple[str, ...]) -> None:
+    check_run(config(stage, f"stage={stage}", *overrides, only_one=True))

@@ -3,10 +3,6 @@
 import hashlib
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +26,7 @@ from transformers import (
 )
 
 from post_training.stages import ppo
+from tests.training import DEADLINE, base_environment, free_port, server
 
 LETTERS = "abcdefgh"
 EOS, PAD = "<eos>", "<pad>"
@@ -622,8 +619,8 @@ def test_resume_is_exact(tmp_path, case):
 
 def test_resume_without_its_state_file_is_refused(tmp_path):
     make_trainer(tmp_path, callbacks=[StopAt(1)]).train()
-    (tmp_path / "checkpoint-1" / "ppo_state_rank0.pt").unlink()
-    with pytest.raises(FileNotFoundError, match="ppo_state_rank0"):
+    (tmp_path / "checkpoint-1" / "rank_state_0.pt").unlink()
+    with pytest.raises(FileNotFoundError, match="rank_state_0"):
         make_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
@@ -689,63 +686,24 @@ def test_it_learns_to_emit_a_token(tmp_path):
 
 # ---- two ranks ----
 
-RANK_SCRIPT = """
-import sys
-sys.path.insert(0, {tests!r})
-from test_ppo import *
-torch.set_num_threads(1)
-out = Path({out!r})
-
-def run(folder, stop, resume=None):
-    # 17 prompts make two rollouts of 8 a pass; a rollout lasts 4 steps
-    trainer = make_trainer(
-        out / folder, per_device_train_batch_size=2, rollout_batches=2, num_ppo_epochs=2, data=prompts(17),
-        max_steps=14, policy_changes={{"attention_dropout": 0.2}}, callbacks=[StopAt(stop)], adaptive_kl=True)
-    seed, update, kls = torch.initial_seed(), trainer.kl.update, []
-    trainer.kl.update = lambda kl, episodes: kls.append(kl) or update(kl, episodes)
-    trainer.train(resume_from_checkpoint=resume)
-    rewards = [log["reward"] for log in trainer.state.log_history if "reward" in log]
-    end = weights_hash(trainer.model)
-    return dict(hash=end, coef=trainer.kl.coef, rewards=rewards, kl=kls[-1], seed=seed)
-
-record = dict(whole=run("whole", 14), part=run("parts", 10))
-torch.manual_seed(12345)
-record["rest"] = run("parts", 14, str(out / "parts" / "checkpoint-10"))
-(out / f"rank{{os.environ['RANK']}}.json").write_text(json.dumps(record))
-sys.stdout.flush()
-os._exit(0)  # seen now and then: a thread of gloo's aborts the interpreter on its way out
-"""
-
-
 def test_two_ranks_sample_apart_step_together_and_resume_exactly(tmp_path):
     """The cut lies in the second pass over the data, within the first of its two rollouts."""
-    script = tmp_path / "rank.py"
-    script.write_text(RANK_SCRIPT.format(tests=str(Path(__file__).parent), out=str(tmp_path)))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = os.environ | {
-        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
+    env = base_environment() | {
+        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
         # else the device is cpu:0, to which torch.load cannot map the optimizer's state on resume
         "ACCELERATE_TORCH_DEVICE": "cpu",
     }  # fmt: skip
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script)],
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    ranks = []
+    for rank in range(2):
+        ranked = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with (tmp_path / f"out{rank}").open("wb") as output:
+            ranks.append(server(zero=False).start("tests.ppo_ranks", [str(tmp_path)], ranked, tmp_path, output))
     try:
-        outputs = [rank.communicate(timeout=150)[0] for rank in ranks]
+        codes = [rank.wait(timeout=DEADLINE) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(outputs)
+    assert codes == [0, 0], "\n".join((tmp_path / f"out{rank}").read_text() for rank in range(2))
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert first["whole"].pop("seed") != second["whole"].pop("seed")
     assert first["whole"] == second["whole"]

@@ -28,7 +28,7 @@ from tests.training import Attempt, events, hold, make_config, make_run, metrics
 
 STEPS = 8
 SCHEDULE = [f"training.max_steps={STEPS}", "checkpointing.save_steps=2", "checkpointing.inference_checkpoint_steps=3"]
-STAGES = ("base", "sft", "rm", "ppo", "dpo", "grpo")
+STAGES = ("base", "sft", "rm", "ppo", "dpo", "orpo", "kto", "grpo")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle")
 
 
@@ -63,7 +63,10 @@ class Story:
     after_stop: dict[str, Any] = field(default_factory=dict)
 
 
-HOW = {"base": "SIGKILL", "sft": "request", "rm": "request", "ppo": "SIGTERM", "dpo": "request", "grpo": "SIGTERM"}
+HOW = {
+    "base": "SIGKILL", "sft": "request", "rm": "request", "ppo": "SIGTERM", "dpo": "request", "orpo": "SIGTERM",
+    "kto": "SIGKILL", "grpo": "SIGTERM",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=STAGES)
@@ -352,6 +355,59 @@ def test_base_learns_every_token_and_the_end(tmp_path: Path, start: Path) -> Non
     assert sorted(texts) == sorted(documents)
 
 
+@pytest.mark.usefixtures("here")
+def test_kto_sees_good_and_bad_answers_and_learns_the_answers_alone(tmp_path: Path, start: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    run = make_run(tmp_path, "kto", *SCHEDULE, model=start)
+    pairs = Arithmetic(common.load_config(run.read_config()).data).preferences("train")
+    expected = {(r["prompt"][0]["content"], r[side][0]["content"], side == "chosen") for r in pairs
+                for side in ("chosen", "rejected")}  # fmt: skip
+    seen = []
+    for batch in batches(run, "kto"):
+        for ids, mask, good in zip(batch["input_ids"], batch["completion_mask"], batch["label"], strict=True):
+            prompt, answer = (tokenizer.decode(ids[mask == m], skip_special_tokens=True) for m in (0, 1))
+            seen.append((prompt, answer, bool(good)))
+    assert len(seen) == 2 * len(pairs)
+    assert set(seen) == expected
+    assert [good for *_, good in seen] != [True, False] * len(pairs), "in the order of the pairs"
+
+
+@pytest.mark.usefixtures("here")
+def test_orpo_learns_the_answers_of_a_pair_alone(tmp_path: Path, start: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    run = make_run(tmp_path, "orpo", *SCHEDULE, model=start)
+    pairs = Arithmetic(common.load_config(run.read_config()).data).preferences("train")
+    seen = set()
+    for batch in batches(run, "orpo"):
+        for chosen, rejected in zip(batch["chosen_labels"], batch["rejected_labels"], strict=True):
+            seen.add(tuple(tokenizer.decode(labels[labels != -100]) for labels in (chosen, rejected)))
+    assert seen == {tuple(r[side][0]["content"] + "<|end|>" for side in ("chosen", "rejected")) for r in pairs}
+
+
+@pytest.mark.usefixtures("here")
+def test_dropout_is_on_where_it_is_kept_and_off_where_answers_are_compared(tmp_path: Path) -> None:
+    import importlib
+
+    made = make_run(tmp_path, "base", "model.dropout=0.25", "training.max_steps=1", name="start")
+    assert train.train(made, 1) == 0
+
+    def dropout(stage: str) -> set[float]:
+        run = make_run(tmp_path, stage, *SCHEDULE, **({} if stage == "base" else {"model": made.model}))
+        run.config.write_text(run.config.read_text().replace("dropout: 0.0", "dropout: 0.25"))
+        trainer = importlib.import_module(f"post_training.stages.{stage}").build_trainer(common.open_stage(run))
+        config = getattr(trainer.model, "policy", trainer.model).config
+        assert config.attention_dropout == 0.25, "handed on to the next stages"
+        return {m.attention_dropout for m in trainer.model.modules() if hasattr(m, "attention_dropout")}
+
+    assert {stage: dropout(stage) for stage in STAGES} == {
+        stage: {0.0} if stage in ("rm", "dpo", "orpo", "kto") else {0.25} for stage in STAGES
+    }
+
+
 def tokens_of_documents(run: RunDirectory) -> int:
     """Bytes and an end for each document."""
     return sum(len(t) + 1 for t in Arithmetic(common.load_config(run.read_config()).data).documents("train")["text"])
@@ -380,9 +436,9 @@ def test_each_length_gives_its_steps(tmp_path: Path, length: str, steps: int) ->
 
 
 @pytest.mark.usefixtures("here")
-@pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "orpo", "kto"])
 def test_tokens_are_a_length_of_other_stages_too(tmp_path: Path, start: Path, stage: str) -> None:
-    """Prompt and answer, for pairs both answers with it, are what a sample's tokens are."""
+    """Prompt and answer, for pairs both answers with it, are what a sample's tokens are; kto's samples are answers."""
     run = make_run(tmp_path, stage, name="count")
     source = Arithmetic(common.load_config(run.read_config()).data)
 
@@ -396,7 +452,7 @@ def test_tokens_are_a_length_of_other_stages_too(tmp_path: Path, start: Path, st
     else:
         rows = source.preferences("train")
         sizes = [size(r["prompt"][0]["content"], r[k][0]["content"]) for r in rows for k in ("chosen", "rejected")]
-    per_step = 8 * sum(sizes) / len(sizes) * (1 if stage == "sft" else 2)
+    per_step = 8 * sum(sizes) / len(sizes) * (1 if stage in ("sft", "kto") else 2)
     run = make_run(tmp_path, stage, f"training.num_training_tokens={int(4.3 * per_step)}", model=start)
     assert train.train(run, 1) == 0
     about = manifest.read(run.model)
@@ -496,6 +552,24 @@ def test_metrics_past_the_resumed_step_are_dropped(tmp_path: Path) -> None:
     config = common.load_config(make_config("sft", *SCHEDULE))
     AttemptCallback(run, 1, config.checkpointing, stop_flag=None)._cut_metrics(2)  # type: ignore[arg-type]
     assert run.metrics.read_text() == "".join(f"{line}\n" for line in lines[:2])
+
+
+def test_grpo_asks_in_an_order_of_each_pass_s_own() -> None:
+    """A sampler made in the middle of a run goes on as one that was there from the start; the first pass is TRL's."""
+    from trl.trainer.utils import RepeatSampler
+
+    from post_training.stages.grpo import EpochSampler
+
+    shape = {"data_source": range(10), "mini_repeat_count": 2, "batch_size": 2, "repeat_count": 3, "seed": 7}
+    epoch = 0
+    sampler = EpochSampler(**shape, epoch=lambda: epoch)
+    passes = []
+    for epoch in range(3):
+        passes.append(list(sampler))
+        assert passes[-1] == list(EpochSampler(**shape, epoch=lambda e=epoch: e))
+    assert passes[0] == list(RepeatSampler(**shape))
+    assert len({tuple(order) for order in passes}) == 3
+    assert all(sorted(order) == sorted(passes[0]) for order in passes)
 
 
 SRUN = {"SLURM_PROCID": "5", "SLURM_STEP_ID": "0", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import hashlib
@@ -14,8 +15,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import yaml
@@ -24,6 +26,7 @@ from omegaconf import OmegaConf
 from conf.schema import TECHNIQUES, Config
 from post_training.run import ledger
 from post_training.run.directory import RunDirectory
+from tests.forkserver import ForkedProcess, ForkServer
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = ROOT.parent / "shared" / "data"
@@ -119,34 +122,66 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-class Attempt:
-    """One attempt of a run: `world_size` training processes, their output in the run's slurm/ folder."""
+def base_environment() -> dict[str, str]:
+    """What every attempt of a test sees."""
+    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    return inherited | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
 
-    def __init__(self, run: RunDirectory, attempt: int = 1, world_size: int = 1, **env: str) -> None:
+
+IMPORTED_ONCE = (
+    "deepspeed", "datasets", "transformers.models.llama.modeling_llama", "trl.trainer.sft_trainer",
+    "trl.trainer.reward_trainer", "trl.trainer.dpo_trainer", "trl.trainer.grpo_trainer", "trl.trainer.kto_trainer",
+    "trl.experimental.orpo", "post_training.attempt", "post_training.stages.ppo",
+)  # fmt: skip
+"""What attempts import and takes long. deepspeed as well: accelerate imports it where it is installed."""
+
+
+IMPORTED_UNDER_ZERO = ("deepspeed.runtime.zero.muon.original_muon",)
+"""What DeepSpeed imports when it makes an engine; it brings the whole of torch's compiler."""
+
+
+@cache
+def server(zero: bool) -> ForkServer:
+    """The server of plain attempts, or of those under ZeRO; started by the first of them."""
+    started = ForkServer((*IMPORTED_ONCE, *(IMPORTED_UNDER_ZERO if zero else ())), base_environment())
+    atexit.register(started.close)
+    return started
+
+
+class Attempt:
+    """One attempt of a run: `world_size` training processes, their output in the run's slurm/ folder.
+
+    They are forked from a server that has done the imports, or with `fork=False` started from nothing.
+    """
+
+    def __init__(
+        self, run: RunDirectory, attempt: int = 1, world_size: int = 1, fork: bool = True, **env: str
+    ) -> None:
         self.run, self.number, self.first_step = run, attempt, 1
         ledger.append(run.ledger, "attempt_started", attempt=attempt, job_id="1", node="here")
-        base = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-        base |= {
-            "PYTHONPATH": str(ROOT),
-            "POST_TRAINING_ATTEMPT": str(attempt),
-            "OMP_NUM_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_OFFLINE": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
+        base = base_environment() | {"POST_TRAINING_ATTEMPT": str(attempt)}
         if world_size > 1:
             base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
-        self.processes = []
+        self.processes: list[ForkedProcess | subprocess.Popen[bytes]] = []
         for rank in range(world_size):
             ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {}
             with self._output(rank).open("wb") as output:
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "post_training.train", str(run.root)],
-                        env=base | ranks | env, cwd=run.root, stdout=output, stderr=subprocess.STDOUT,
-                    )
-                )  # fmt: skip
+                self.processes.append(self._start(base | ranks | env, output, fork))
+
+    def _start(self, env: dict[str, str], output: BinaryIO, fork: bool) -> ForkedProcess | subprocess.Popen[bytes]:
+        module, args, cwd = "post_training.train", [str(self.run.root)], self.run.root
+        if fork:
+            zero = self.run.read_config()["parallel"]["strategy"] != "ddp"
+            return server(zero).start(module, args, env, cwd, output)
+        command = [sys.executable, "-m", module, *args]
+        return subprocess.Popen(command, env=env, cwd=cwd, stdout=output, stderr=subprocess.STDOUT)
 
     def _output(self, rank: int) -> Path:
         return self.run.slurm / f"out-{self.number}-{rank}"
@@ -182,8 +217,12 @@ class Attempt:
             process.send_signal(signal.SIGTERM)
 
     def wait_for_step(self, step: int) -> None:
-        """Return once the metrics show that the step was taken, or fail when the processes end before."""
-        self.wait_until(lambda: any(line["step"] >= step for line in metrics(self.run)), f"step {step}")
+        """Return once metrics or ledger show that the step was taken, or fail when the processes end before."""
+
+        def taken() -> bool:
+            return any(line["step"] >= step for line in [*metrics(self.run), *events(self.run, "checkpoint_saved")])
+
+        self.wait_until(taken, f"step {step}")
 
     def stop_at(self, step: int, ask: Callable[[], object]) -> None:
         """Let steps pass, and `ask` while rank 0 is held at the end of `step`: the run was made with `hold`."""

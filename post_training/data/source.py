@@ -18,7 +18,7 @@ class DataError(ValueError):
 
 
 class Source:
-    """Records of one data set in the four forms that stages train on, each for `train` and `held_out`."""
+    """Records of one data set in the forms that stages train on, each for `train` and `held_out`."""
 
     def __init__(self, cfg: Data) -> None:
         self.cfg = cfg
@@ -32,8 +32,20 @@ class Source:
         raise self._lacks("demonstrations")
 
     def preferences(self, split: Split) -> Dataset:
-        """{"prompt", "chosen", "rejected"}, each a list of messages: for rm and dpo."""
+        """{"prompt", "chosen", "rejected"}, each a list of messages: for rm, dpo and orpo."""
         raise self._lacks("preference pairs")
+
+    def unpaired(self, split: Split) -> Dataset:
+        """{"prompt", "completion", "label": bool}: both answers of every preference pair, shuffled: for kto."""
+
+        def both(pairs: dict[str, list[Any]]) -> dict[str, list[Any]]:
+            answers = [answer for pair in zip(pairs["chosen"], pairs["rejected"], strict=True) for answer in pair]
+            prompts = [prompt for prompt in pairs["prompt"] for _ in range(2)]
+            return {"prompt": prompts, "completion": answers, "label": [True, False] * len(pairs["prompt"])}
+
+        pairs = self.preferences(split)
+        rows = pairs.map(both, batched=True, remove_columns=["chosen", "rejected"], load_from_cache_file=False)
+        return rows.shuffle(seed=self.cfg.seed)
 
     def problems(self, split: Split) -> Dataset:
         """{"prompt": messages, "answer": str}: verifiable prompts for ppo, grpo and eval."""

@@ -15,6 +15,7 @@ from conf.schema import Config
 from post_training.data.tokenizer import load_tokenizer
 from post_training.run import manifest
 from post_training.run.directory import RunDirectory, fsync_directory
+from post_training.stages.zero import prepare_zero, zero_config
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -84,6 +85,7 @@ def build_model(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMo
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
+        attention_dropout=model.dropout,
         attn_implementation=model.attn_implementation,
     )
     return LlamaForCausalLM(config).to(dtype(cfg))
@@ -104,6 +106,18 @@ def load_causal_lm(cfg: Config, path: str, tokenizer: PreTrainedTokenizerBase) -
     return model
 
 
+def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with its attention dropout off; its config keeps it, for the stages after this one.
+
+    TRL switches dropout off where a reference or a margin is compared with, but reaches only nn.Dropout modules:
+    in Llama and its like the dropout of attention is a number.
+    """
+    for module in model.modules():
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+    return model
+
+
 def load_reward_model(cfg: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A scalar reward model: a causal LM's trunk with one output. A new head starts from the seed."""
     from transformers import AutoModelForSequenceClassification, set_seed
@@ -119,6 +133,7 @@ def load_reward_model(cfg: Config, path: str, tokenizer: PreTrainedTokenizerBase
 def trainer_arguments(stage: Stage, lr: float) -> dict[str, Any]:
     """Keyword arguments that every trainer's config takes, TrainingArguments and TRL's alike.
 
+    To be made, and made into a config, before the models: under ZeRO-3 they are loaded in parts.
     Checkpoint rotation is ours (post_training.resume), since Trainer's own deletes the old checkpoint before
     the new one has its manifest.
     """
@@ -126,6 +141,9 @@ def trainer_arguments(stage: Stage, lr: float) -> dict[str, Any]:
     on_cpu = not torch.cuda.is_available()
     if on_cpu:  # else each rank would be on a device "cpu:<rank>", which torch.load refuses on resume
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    zero = zero_config(cfg)
+    if zero is not None:
+        prepare_zero(cfg)
     precision = cfg.model.dtype  # autocast in the type that the weights are held in
     length: dict[str, Any] = {}
     if training.max_steps is not None:
@@ -160,23 +178,29 @@ def trainer_arguments(stage: Stage, lr: float) -> dict[str, Any]:
         "save_steps": cfg.checkpointing.save_steps,
         "save_total_limit": None,
         "use_cpu": on_cpu,
+        "deepspeed": zero,
         # a backend named in a single process makes accelerate look for a process group that is not there
         "ddp_backend": (cfg.parallel.backend or ("gloo" if on_cpu else "nccl")) if "WORLD_SIZE" in os.environ else None,
         "ddp_find_unused_parameters": False,
         "ddp_timeout": cfg.parallel.timeout_minutes * 60,
         "dataloader_pin_memory": not on_cpu,
+        "dataloader_num_workers": cfg.training.dataloader_num_workers,
     }
 
 
 def token_counts(rows: Dataset) -> list[int]:
     """Tokens of each prepared row; for a pair, of both texts, each with its prompt."""
-    names = set(rows.column_names)
-    if "input_ids" in names:
-        return [len(ids) for ids in rows["input_ids"]]
-    both = [len(c) + len(r) for c, r in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)]
-    if "prompt_ids" not in names:  # rm: chosen and rejected hold the prompt
-        return both
-    return [n + 2 * len(p) for n, p in zip(both, rows["prompt_ids"], strict=True)]
+    columns = next(c for c in TOKEN_COLUMNS if set(c) <= set(rows.column_names))
+    return [sum(map(len, texts)) for texts in zip(*(rows[name] for name in columns), strict=True)]
+
+
+TOKEN_COLUMNS = (
+    ("input_ids",),  # base, sft
+    ("prompt_ids", "completion_ids"),  # kto
+    ("prompt_ids", "chosen_ids", "prompt_ids", "rejected_ids"),  # dpo
+    ("chosen_ids", "rejected_ids"),  # rm: they hold the prompt
+    ("chosen_input_ids", "rejected_input_ids"),  # orpo: as in rm
+)
 
 
 def steps_for_tokens(cfg: Config, lengths: list[int]) -> int:

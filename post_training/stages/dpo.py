@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from transformers import Trainer
+from trl import DPOConfig, DPOTrainer
 
 from post_training import data
-from post_training.stages.common import Stage, load_causal_lm, trainer_arguments
+from post_training.stages.common import Stage, load_causal_lm, trainer_arguments, without_dropout
+from post_training.stages.exact import ExactResume
 
-if TYPE_CHECKING:
-    from transformers import Trainer
+
+class DpoTrainer(ExactResume, DPOTrainer):
+    """TRL's DPOTrainer, resumed exactly."""
 
 
 def build_trainer(stage: Stage) -> Trainer:
-    """TRL's DPOTrainer. The reference is always loaded from its own path, so that a resumed attempt keeps it."""
-    from trl import DPOConfig, DPOTrainer
-
+    """The reference is always loaded from its own path, so that a resumed attempt keeps it."""
     cfg = stage.cfg
     assert stage.model_path is not None
     args = DPOConfig(
@@ -23,8 +24,8 @@ def build_trainer(stage: Stage) -> Trainer:
         loss_type=[cfg.dpo.loss_type],
         max_length=cfg.training.max_length,
     )
-    return DPOTrainer(
-        model=load_causal_lm(cfg, stage.model_path, stage.tokenizer),
+    return DpoTrainer(
+        model=without_dropout(load_causal_lm(cfg, stage.model_path, stage.tokenizer)),
         ref_model=load_causal_lm(cfg, stage.reference_path or stage.model_path, stage.tokenizer),
         args=args,
         train_dataset=data.load(cfg.data).preferences("train"),

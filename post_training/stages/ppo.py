@@ -19,7 +19,6 @@ from human feedback"; Schulman 2020, "Approximating KL Divergence" (the names k1
 
 import contextlib
 import json
-import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -42,13 +41,12 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from post_training import data
 from post_training.rewards.verify import reward_functions
 from post_training.stages.common import Stage, load_causal_lm, load_reward_model, trainer_arguments
-
-logger = logging.getLogger(__name__)
+from post_training.stages.exact import ExactResume
 
 Reduce = Callable[[Tensor], Tensor]
 RewardFunc = Callable[..., Sequence[float | None]]
@@ -244,9 +242,11 @@ class PolicyWithValue(PreTrainedModel):
         # A copy, since the Trainer writes into it (use_cache=False), and the policy's is exported.
         super().__init__(deepcopy(policy.config))
         self.policy = policy
-        hidden = policy.get_output_embeddings().weight.shape[1]
-        # float32 also beside a bf16 policy: values are regressed, and bf16 has three digits.
-        self.value_head = nn.Linear(hidden, 1, device=policy.device, dtype=torch.float32)
+        hidden = policy.get_output_embeddings().in_features  # under ZeRO-3 the weight itself is elsewhere
+        # float32 also beside a bf16 policy: values are regressed, and bf16 has three digits. ZeRO-3 wants one type
+        # for all parameters, and updates a float32 copy of each.
+        dtype = policy.dtype if is_deepspeed_zero3_enabled() else torch.float32
+        self.value_head = nn.Linear(hidden, 1, device=policy.device, dtype=dtype)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         if value_init == "rm":
@@ -318,8 +318,10 @@ class PolicyWithValue(PreTrainedModel):
         state_dict: this module's state, where it does not lie in the module itself (ZeRO-3).
         """
         if state_dict is not None:
-            state_dict = {
-                k.removeprefix("policy."): v for k, v in state_dict.items() if k.startswith("policy.")
+            state_dict = {  # each tied weight once: DeepSpeed hands over copies
+                k.removeprefix("policy."): v
+                for k, v in state_dict.items()
+                if k.startswith("policy.") and k not in self.all_tied_weights_keys
             }
         self.policy.save_pretrained(path, state_dict=state_dict)
         if tokenizer is not None:
@@ -446,7 +448,7 @@ def rows_as_they_are(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-class PPOTrainer(Trainer):
+class PPOTrainer(ExactResume):
     """PPO with whole-sequence scores from reward functions and a reward model.
 
     train_dataset: rows `{"prompt": messages or text, ...}`; the other columns go to the reward functions.
@@ -818,42 +820,18 @@ class PPOTrainer(Trainer):
 
     # -- saving and resuming --
 
-    def _state_file(self, checkpoint: str | Path, rank: int) -> Path:
-        return Path(checkpoint) / f"ppo_state_rank{rank}.pt"
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        checkpoint = (
-            Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        )
-        checkpoint.mkdir(parents=True, exist_ok=True)
-        # Between two rollouts there is none to save.
+    def rank_state(self) -> dict[str, Any]:
         underway = self._micro_step % self._micro_steps_per_rollout != 0
-        state = {
-            "kl_coef": self.kl.coef,
-            "world_size": self.args.world_size,
-            "rollout": self._rollout if underway else None,
-        }
-        torch.save(state, self._state_file(checkpoint, self.args.process_index))
+        # Between two rollouts there is none to save.
+        return super().rank_state() | {"kl_coef": self.kl.coef, "rollout": self._rollout if underway else None}
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The Trainer's hook on resume, after `self.state` has been read; PPO's own state comes with it."""
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        path = self._state_file(checkpoint, self.args.process_index)
-        if not path.exists():  # more ranks than there were: the coefficient is the same in every file
-            path = self._state_file(checkpoint, 0)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    def restore_rank_state(self, state: dict[str, Any]) -> None:
+        super().restore_rank_state(state)
         self.kl.coef = state["kl_coef"]
-        self._rollout = self._prepare_input(state["rollout"])  # to this rank's device
         self._micro_step = self.state.global_step * self.args.gradient_accumulation_steps
-        if state["world_size"] != self.args.world_size:
-            # The prompts are at hand, so the rest of the rollout's steps get a rollout anew. Not exact.
-            logger.warning(
-                "resumed on %d ranks, saved on %d: not exact", self.args.world_size, state["world_size"]
-            )
-            self._rollout = None
+        # On other ranks than before the prompts are at hand: the rest of the rollout's steps get a rollout anew.
+        same_ranks = state["world_size"] == self.args.world_size
+        self._rollout = state["rollout"] if same_ranks else None
 
     def save_policy(self, path: str | os.PathLike) -> None:
         """Write the policy as a plain causal LM with its tokenizer. Call it on all ranks (ZeRO-3 gathers)."""
@@ -890,10 +868,6 @@ def build_trainer(stage: Stage) -> Trainer:
     """PPO from a run's config: verifiable rewards, a reward model's score, or both, each with its weight."""
     cfg, tokenizer = stage.cfg, stage.tokenizer
     assert stage.model_path is not None
-    reward_model = None
-    if cfg.ppo.reward_model_weight:
-        assert stage.reward_model_path is not None
-        reward_model = load_reward_model(cfg, stage.reward_model_path, tokenizer)
     functions, weights = reward_functions(cfg.ppo.reward)
     args = PPOArguments(
         **trainer_arguments(stage, cfg.ppo.lr),
@@ -906,6 +880,10 @@ def build_trainer(stage: Stage) -> Trainer:
         value_coef=cfg.ppo.value_coef,
         kl_coef=cfg.ppo.kl_coef,
     )
+    reward_model = None
+    if cfg.ppo.reward_model_weight:
+        assert stage.reward_model_path is not None
+        reward_model = load_reward_model(cfg, stage.reward_model_path, tokenizer)
     return PPOTrainer(
         model=PolicyWithValue(load_causal_lm(cfg, stage.model_path, tokenizer)),
         ref_model=load_causal_lm(cfg, stage.reference_path or stage.model_path, tokenizer),

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from transformers import Trainer
+from trl import RewardConfig, RewardTrainer
 
 from post_training import data
-from post_training.stages.common import Stage, load_reward_model, trainer_arguments
+from post_training.stages.common import Stage, load_reward_model, trainer_arguments, without_dropout
+from post_training.stages.exact import ExactResume
 
-if TYPE_CHECKING:
-    from transformers import Trainer
+
+class RmTrainer(ExactResume, RewardTrainer):
+    """TRL's RewardTrainer, resumed exactly."""
 
 
 def build_trainer(stage: Stage) -> Trainer:
-    """TRL's RewardTrainer on preference pairs: -log sigmoid(r(chosen) - r(rejected))."""
-    from trl import RewardConfig, RewardTrainer
-
+    """Training on preference pairs: -log sigmoid(r(chosen) - r(rejected))."""
     cfg = stage.cfg
     assert stage.model_path is not None
     args = RewardConfig(
@@ -22,8 +23,8 @@ def build_trainer(stage: Stage) -> Trainer:
         center_rewards_coefficient=cfg.rm.center_rewards_coefficient,
         max_length=cfg.training.max_length,
     )
-    return RewardTrainer(
-        model=load_reward_model(cfg, stage.model_path, stage.tokenizer),
+    return RmTrainer(
+        model=without_dropout(load_reward_model(cfg, stage.model_path, stage.tokenizer)),
         args=args,
         train_dataset=data.load(cfg.data).preferences("train"),
         processing_class=stage.tokenizer,

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from transformers import Trainer
+from trl import SFTConfig, SFTTrainer
 
 from post_training import data
 from post_training.data.source import DataError
 from post_training.stages.common import Stage, load_causal_lm, trainer_arguments
+from post_training.stages.exact import ExactResume
 
-if TYPE_CHECKING:
-    from transformers import Trainer
+
+class SftTrainer(ExactResume, SFTTrainer):
+    """TRL's SFTTrainer, resumed exactly."""
 
 
 def build_trainer(stage: Stage) -> Trainer:
-    """TRL's SFTTrainer with masks from the chat template's `{% generation %}` marks.
+    """Training with masks from the chat template's `{% generation %}` marks.
 
     Raises DataError for a template without marks: it would train on the user's words as well.
     """
-    from trl import SFTConfig, SFTTrainer
-
     cfg = stage.cfg
     assert stage.model_path is not None
     if "{% generation %}" not in (stage.tokenizer.chat_template or ""):
@@ -32,7 +33,7 @@ def build_trainer(stage: Stage) -> Trainer:
         packing=cfg.sft.packing,
         max_length=cfg.training.max_length,
     )
-    return SFTTrainer(
+    return SftTrainer(
         model=load_causal_lm(cfg, stage.model_path, stage.tokenizer),
         args=args,
         train_dataset=data.load(cfg.data).demonstrations("train"),

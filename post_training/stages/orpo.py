@@ -1,0 +1,32 @@
+"""orpo: odds-ratio preference optimisation (Hong 2024), which needs no reference."""
+
+from __future__ import annotations
+
+from transformers import Trainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+from post_training import data
+from post_training.stages.common import Stage, load_causal_lm, trainer_arguments, without_dropout
+from post_training.stages.exact import ExactResume
+
+
+class OrpoTrainer(ExactResume, ORPOTrainer):
+    """TRL's ORPOTrainer, resumed exactly."""
+
+
+def build_trainer(stage: Stage) -> Trainer:
+    """Training on preference pairs: the loss on the chosen answer, and `orpo.beta` times the log odds ratio's."""
+    cfg = stage.cfg
+    assert stage.model_path is not None
+    args = ORPOConfig(
+        **trainer_arguments(stage, cfg.orpo.lr),
+        beta=cfg.orpo.beta,
+        max_length=cfg.training.max_length,
+        remove_unused_columns=False,  # its collator picks its columns itself
+    )
+    return OrpoTrainer(
+        model=without_dropout(load_causal_lm(cfg, stage.model_path, stage.tokenizer)),
+        args=args,
+        train_dataset=data.load(cfg.data).preferences("train"),
+        processing_class=stage.tokenizer,
+    )
