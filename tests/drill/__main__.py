@@ -34,6 +34,7 @@ LOOK_SECONDS = 0.5
 RECOVERY_SECONDS = 240.0
 """A run that has not gone on by then never will: requeue hold, start-up and the longest watchdog are far below."""
 UNSEEN_SECONDS = 60.0
+"""A submitted job is in the queue at once: one not seen by then is not known by what the drill takes it by."""
 DISK_MB = 96
 """Size of each run's own disk: some checkpoints of a tiny model, soon filled."""
 
