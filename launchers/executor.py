@@ -200,6 +200,7 @@ class RunExecutor(submitit.SlurmExecutor):  # type: ignore[misc]
         """
         try:
             with FileLock(self.run.lock, timeout=LOCK_TIMEOUT_S):
+                write_atomic(self.run.failure_count, "0\n")  # as the ledger counts after `submitted`
                 job = self._submit_command("")
                 ledger.append(self.run.ledger, "submitted", job_id=job.job_id, cluster=self.cluster)
                 return job

@@ -43,6 +43,7 @@ TICK_SECONDS = 0.5
 DEBOUNCE_SECONDS = 0.5
 """A second Ctrl-C this soon is the first one, passed on by a wrapper."""
 STOPPED_BY_USER = "stopped by the user"
+VANISHED = "its job and its supervisor were gone: killed, or the machine restarted"
 
 
 @dataclass(frozen=True)
@@ -416,9 +417,8 @@ class _Supervisor:
             return
         if history.running:
             # neither finished nor crashed by itself, as far as anyone can tell: not counted as a failure
-            self.close_attempt(
-                history, run, 137, "stopped", "requeue", "the job was gone: killed, or the machine restarted"
-            )
+            outcome = "stopped" if history.stop_signal == "TERM" else "node_lost"
+            self.close(history, run, 137, life.Ending(outcome, "requeue", reason=VANISHED))
         elif came_from == "elsewhere" and history.gave_up:
             self.fail(job, history.reason or "failed")
             return
@@ -518,6 +518,9 @@ class _Supervisor:
         job.seconds = time.monotonic() - (job.first_started or job.started)
         self.release(job)
         history, run = job.history(), job.spec.run
+        if history.running and self.stopping_since is None and self.guard(run, history):
+            code = life.REQUEUE
+        history = job.history()
         recorded = not history.running and (history.attempt_ended or 0) > job.started_epoch - 0.001
         gave_up = recorded and history.gave_up
         if code == 0:
@@ -525,7 +528,7 @@ class _Supervisor:
             self.settle(job, "done")
         elif self.stopping_since is not None and not gave_up:
             if history.running:
-                self.close_attempt(history, run, code, "stopped", "exit", STOPPED_BY_USER)
+                self.close(history, run, code, life.Ending("stopped", "exit", reason=STOPPED_BY_USER))
             self.screen.say(f"{job.name}: stopped; newest checkpoint: step {history.checkpoint_step}")
             self.stop_queued(job)
         elif code == life.REQUEUE:
@@ -536,16 +539,22 @@ class _Supervisor:
             self.fail(job, history.reason or _ending_text(code, job))
         else:
             why = _ending_text(code, job)
-            self.close_attempt(history, run, code, "crashed", "exit", why)
+            self.close(history, run, code, life.Ending("crashed", "exit", reason=why, gave_up=True))
             self.fail(job, why)
 
     @staticmethod
-    def close_attempt(history: History, run: RunDirectory, code: int, outcome: str, action: str, why: str) -> None:
+    def guard(run: RunDirectory, history: History) -> bool:
+        """Whether a run whose job script was killed starts again: what a cluster's guard step decides there."""
+        try:
+            return life.guard(run, history.attempts)
+        except (OSError, RuntimeError, KeyError):
+            return False
+
+    @staticmethod
+    def close(history: History, run: RunDirectory, code: int, ending: life.Ending) -> None:
         """Record the end of an attempt whose script could not."""
         attempt = history.attempts if history.running else history.attempts + 1
-        ledger.append(
-            run.ledger, "attempt_ended", attempt=attempt, code=code, outcome=outcome, action=action, reason=why
-        )
+        life.record_end(run, history, attempt, code, ending)
 
     def fail(self, job: _Job, why: str) -> None:
         self.screen.say(f"{job.name}: failed: {why}")

@@ -203,7 +203,7 @@ def write(plan: Plan, undo: _Undo) -> None:
             undo.made.append(run.root)
         run.create()
         if planned.history.running and plan.scheduler == "slurm":
-            life._close_lost_attempt(run, planned.history, same_job=False)  # its job is gone
+            life.close_lost_attempt(run, planned.history, same_job=False)  # its job is gone
         if planned.from_scratch:
             set_aside(run)
         if not planned.started:
@@ -271,9 +271,14 @@ def submit(plan: Plan, undo: _Undo) -> None:
                 ) from None
             planned.job_id = job.job_id
             undo.submitted.append(planned)
-        elif planned.decision == "live" and planned.job_id != planned.history.job_id and planned.job_id is not None:
-            # submitted by a command that died before it could write this down, or by hand
+        elif planned.decision == "live" and planned.job_id not in _submitted(planned.run):
+            # by a command that died before it could write this down, or by hand
             ledger.append(planned.run.ledger, "submitted", job_id=planned.job_id, cluster=plan.cluster)
+
+
+def _submitted(run: RunDirectory) -> set[str]:
+    """Ids of all jobs that the ledger says were submitted for a run."""
+    return {str(event.get("job_id")) for event in ledger.read(run.ledger) if event["event"] == "submitted"}
 
 
 def _supervise(plan: Plan) -> int:

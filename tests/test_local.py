@@ -23,6 +23,7 @@ from launchers import local, render
 from post_training.run import ledger
 from post_training.run.directory import RunDirectory
 from post_training.run.history import summarise
+from tests import training
 
 REPO = Path(__file__).resolve().parent.parent
 DEADLINE = 90.0
@@ -360,8 +361,94 @@ def test_a_job_that_died_with_its_supervisor_goes_on_and_is_no_failure(world: Wo
     until(lambda: not local.owned(run), "everything died")
     assert world.supervise() == 0
     ended = world.events("sft", "attempt_ended")
-    assert [e["outcome"] for e in ended] == ["stopped", "finished"]
+    assert [e["outcome"] for e in ended] == ["node_lost", "finished"]
     assert summarise(ledger.read(run.ledger)).failures == 0
+
+
+def test_a_killed_batch_shell_is_a_crash_and_starts_again(world: World) -> None:
+    run = world.add("sft", plan=["wait", "finish"])
+    supervisor = world.start()
+    rank = psutil.Process(world.started("sft"))
+    shell = next(p for p in rank.parents() if p.cmdline()[:1] == ["bash"] and os.getpgid(p.pid) == p.pid)
+    shell.kill()
+    assert supervisor.wait(DEADLINE) == 0
+    ended = world.events("sft", "attempt_ended")
+    assert [(e["attempt"], e["outcome"], e["action"]) for e in ended] == [
+        (1, "crashed", "requeue"), (2, "finished", "exit"),
+    ]  # fmt: skip
+    assert len(world.events("sft", "submitted")) == 1
+    assert run.failure_count.read_text() == "1\n"
+
+
+def real_run(world: World, name: str, *overrides: str) -> RunDirectory:
+    """A tiny run that really trains, with the job script it has on this machine."""
+    run = training.make_run(world.folder / "my 'pipeline'", "base", "training.max_steps=8", *overrides, name=name)
+    run.code.symlink_to(REPO)
+    slurm = Slurm(gpus_per_node=0, cpus_per_gpu=1, signal_time_seconds=60, max_failures=3)
+    cfg = Config(cluster=Cluster(name="local", scheduler="local"), slurm=slurm, offline=True)
+    run.script.write_text(render.job_script(cfg, run, sys.executable))
+    world.runs.append({"root": str(run.root), "after": [], "cpus": 1, "wall": 3600, "lead": 60})
+    return run
+
+
+def pass_steps(run: RunDirectory, first: int, last: int) -> None:
+    """Let these steps go on. Rank 0 is then held at the end of the next (the run was made with training.hold)."""
+    for step in range(first, last + 1):
+        writer = until(lambda: at_gate(run), f"step {step}")
+        os.write(writer, b"0\n")
+        os.close(writer)
+        until(lambda step=step: any(line["step"] >= step for line in training.metrics(run)), f"step {step} is logged")
+
+
+def at_gate(run: RunDirectory) -> int | None:
+    try:
+        return os.open(run.stop_request, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:
+        return None
+
+
+def ranks(run: RunDirectory) -> list[psutil.Process]:
+    return [p for p in processes_in(run.root) if "post_training.train" in p.cmdline()]
+
+
+def test_whatever_is_killed_the_weights_are_those_of_an_undisturbed_run(world: World) -> None:
+    calm = real_run(world, "calm")
+    assert world.supervise() == 0, world.said()
+    world.runs.clear()
+    run = training.hold(real_run(world, "disturbed"))
+
+    first = world.start()
+    pass_steps(run, 1, 3)
+    (rank,) = ranks(run)
+    rank.kill()  # a trainer: a crash; the supervisor starts it again from step 2
+    until(lambda: len(training.events(run, "attempt_started")) == 2, "it starts again")
+    pass_steps(run, 3, 5)
+    first.kill()  # the supervisor alone: the job goes on, and a new supervisor waits for it
+    first.wait()
+    second = world.start()
+    until(lambda: "still runs" in world.said(), "it sees the job")
+    assert len(training.events(run, "attempt_started")) == 2
+    second.kill()
+    second.wait()
+    for process in processes_in(run.root):  # everything
+        process.kill()
+    until(lambda: not local.owned(run), "everything died")
+
+    third = world.start()
+    writer = until(lambda: at_gate(run), "step 5 again")
+    regular = run.slurm / "no_stop"
+    regular.write_text("0\n")
+    regular.replace(run.stop_request)  # held no more
+    os.write(writer, b"0\n")
+    os.close(writer)
+    assert third.wait(DEADLINE) == 0, world.said()
+    assert training.weights(run) == training.weights(calm)
+    ended = training.events(run, "attempt_ended")
+    assert [e["outcome"] for e in ended] == ["crashed", "node_lost", "finished"]
+    assert len(training.events(run, "attempt_started")) == 3
+    assert {e["job_id"] for e in training.events(run, "attempt_started")} == {"local-2"}
+    assert [e["step"] for e in training.events(run, "training_started")] == [0, 2, 4]
+    assert [line["step"] for line in training.metrics(run) if "loss" in line] == list(range(1, 9))
 
 
 def test_two_supervisors_run_one_run_once(world: World) -> None:

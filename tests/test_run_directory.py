@@ -522,7 +522,8 @@ def test_begin_refuses_an_input_that_is_not_whole(run: RunDirectory, tmp_path: P
     (source / "model.safetensors").write_text("torn")
     with pytest.raises(RuntimeError, match=r"inputs\.model=.*not a complete output.*4 bytes, not 7"):
         begin(run, "7", "n1")
-    assert ledger.read(run.ledger) == []
+    refused = summarise(ledger.read(run.ledger))
+    assert refused.gave_up and "not a complete output" in str(refused.reason) and refused.attempts == 0
     complete(source)
     assert begin(run, "7", "n1") == 1
 
@@ -607,6 +608,10 @@ def test_another_jobs_run_is_left_alone_until_slurm_says_that_it_is_gone(run: Ru
     assert begin(run, "8", "n1", gone="7") == 2
     assert last(run, "attempt_ended")["outcome"] == "crashed"
     assert begin(run, "9", "n1", sole=True) == 3
+    with pytest.raises(RuntimeError, match="on cluster other"):  # whose jobs this cluster's SLURM cannot know
+        run.announce(4)
+        ledger.append(run.ledger, "attempt_started", attempt=4, job_id="9", slurm_cluster="other")
+        begin(run, "10", "n1", gone="9", cluster="here")
 
 
 def test_an_older_attempt_can_write_nothing(run: RunDirectory) -> None:

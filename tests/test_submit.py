@@ -19,6 +19,7 @@ from launchers.executor import RunExecutor, RunJob
 from launchers.render import job_script
 from post_training.run import ledger, manifest
 from post_training.run.directory import RunDirectory
+from post_training.run.history import summarise
 from tests.slurm_fixture import wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -212,6 +213,68 @@ def test_what_failed_goes_on_with_the_same_command(bench: Bench) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert manifest.problem(bench.run("dpo", "eval_grpo").model) is None
     assert (bench.run("dpo", "sft").code / "marker").exists()
+
+
+def test_restart_sets_aside_what_was_made_and_starts_from_scratch(bench: Bench) -> None:
+    tokens = ("pipeline=dpo", "slurm.max_failures=1")
+    bench.behave("sft", "crash")
+    bench("pipeline", *tokens)
+    sft = bench.run("dpo", "sft")
+    made = {
+        sft.checkpoints / "checkpoint-5" / "weights": "5", sft.inference_checkpoints / "step-5" / "weights": "i",
+        sft.metrics: '{"step": 5}\n',
+    }  # fmt: skip
+    for number in (1, 2):
+        for path, text in made.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        ledger.append(sft.ledger, "checkpoint_saved", attempt=number, step=5, seconds=1.0)
+        before = bench.files()
+        dry = bench("pipeline", *tokens, "restart=true", "dry_run=true")
+        assert "sft        sft   to submit from scratch after base" in dry.stdout, dry.stdout + dry.stderr
+        assert bench.files() == before
+        bench.behave("sft", "crash" if number == 1 else None)
+        done = bench("pipeline", *tokens, "restart=true")
+        assert "to go on from scratch" in done.stdout, done.stdout + done.stderr
+        aside = sft.root / f"restarted-{number}"
+        for path, text in made.items():
+            assert (aside / path.relative_to(sft.root)).read_text() == text and not path.exists()
+        assert summarise(ledger.read(sft.ledger)).checkpoint_step == 0
+    assert done.returncode == 0, done.stdout + done.stderr
+    events = [event["event"] for event in ledger.read(bench.run("dpo", "base").ledger)]
+    assert "restarted" not in events and events.count("attempt_started") == 1
+    message = bench.refused("pipeline", *tokens, "restart=true")
+    assert "restart=true: there is nothing to start from scratch: base is done" in message
+    assert "run_name=dpo-2" in message
+    message = bench.refused("pipeline", *tokens, "sft.restart=true")
+    assert "sft is done" in message and "base" not in message
+
+
+def test_a_lead_that_was_seen_to_be_too_short_is_reported(bench: Bench) -> None:
+    assert bench("submit", "stage=base").returncode == 0
+    run = bench.run("full", "base")
+
+    def measured(step: float, needed: float | None) -> None:
+        lead = {"longest_step": step, "save": 20.0, "teardown": 4.5, "needed": needed}
+        ledger.append(run.ledger, "attempt_ended", attempt=1, code=85, outcome="stopped", action="requeue",
+                      reason=None, lead=lead)  # fmt: skip
+
+    measured(400.0, 424.5)
+    measured(40.0, 64.5)  # the newest counts
+    measured(40.0, None)
+    command = ("pipeline", "run_name=other", "seed=1")
+    short = bench(*command, "slurm.signal_time_seconds=60", "dry_run=true")
+    assert short.returncode == 0
+    (warning, fix) = short.stderr.strip().splitlines()
+    assert warning.startswith("warning: slurm.signal_time_seconds=60 (stage base): to save and leave took 64 s")
+    assert str(run.root) in warning and "(longest step 40 s, save 20 s, teardown 4 s)" in warning
+    assert fix == "  fix: base.slurm.signal_time_seconds=80"
+    # other models, ranks and techniques say nothing about this one
+    for tokens in (
+        ("slurm.signal_time_seconds=80",), ("slurm.signal_time_seconds=60", "model.num_layers=3"),
+        ("slurm.signal_time_seconds=60", "slurm.gpus_per_node=2"),
+    ):  # fmt: skip
+        assert bench(*command, *tokens, "dry_run=true").stderr == "", tokens
 
 
 def test_a_sweep_makes_a_pipeline_a_point_and_shares_what_is_the_same(bench: Bench) -> None:

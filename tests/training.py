@@ -85,7 +85,7 @@ def make_config(stage: str, *overrides: str) -> dict[str, Any]:
     config = OmegaConf.to_container(merged)
     assert isinstance(config, dict)
     others = {t for t in TECHNIQUES if t != stage}
-    dropped = {"pipeline", "stages", "dry_run", "run_name", *others}
+    dropped = {"pipeline", "stages", "dry_run", "run_name", "restart", *others}
     return {str(k): v for k, v in config.items() if k not in dropped}
 
 

@@ -27,6 +27,7 @@ class History:
     answered: bool = False  # the running attempt saved and left on request
     training: bool = False  # the running attempt has reached its first step
     nodes: list[str] = field(default_factory=list)  # of the newest attempt; the job script runs on the first
+    slurm_cluster: str = ""  # SLURM's name of the cluster of the newest attempt
     attempt_started: float | None = None  # seconds since the epoch, newest attempt
     attempt_ended: float | None = None
     submitted: float | None = None
@@ -94,6 +95,7 @@ def summarise(events: Iterable[Event]) -> History:
                 history.attempts = event["attempt"]
                 history.job_id = event["job_id"]
                 history.nodes = _names(event.get("nodes"))
+                history.slurm_cluster = str(event.get("slurm_cluster") or "")
                 history.attempt_started, history.attempt_ended = event["time"], None
                 history._forget_the_end()
                 history._not_running()

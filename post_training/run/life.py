@@ -210,22 +210,23 @@ class Begun:
 
 
 def begin(
-    run: RunDirectory, job_id: str, nodes: list[str], restart_count: int = 0, sole: bool = False, gone: str = ""
-) -> Begun:
+    run: RunDirectory, job_id: str, nodes: list[str], restart_count: int = 0, sole: bool = False, gone: str = "",
+    cluster: str = "",
+) -> Begun:  # fmt: skip
     """Open the next attempt in the ledger.
 
     sole: the caller knows that nobody else has the run, since it holds its lock. gone: another job that SLURM no
-    longer runs. Raises RuntimeError when an input of the run is not a complete output, or the run has given up.
+    longer runs. cluster: SLURM's name of the cluster. Raises RuntimeError when an input of the run is not a complete
+    output, the run has given up, or an attempt of it runs on another cluster.
     """
     if manifest.problem(run.model) is None:
         return Begun(code=DONE)
     config = run.read_config()
-    for name, source in config["inputs"].items():
-        folder = Path(source["path"]) if source and source.get("run_dir") else None
-        if folder is not None and (why := manifest.problem(folder)):
-            raise RuntimeError(f"inputs.{name}={folder}: not a complete output ({why})")
     with run.exclusive():
         history = summarise(ledger.read(run.ledger))
+        if history.running and cluster != history.slurm_cluster and not sole:
+            where = history.slurm_cluster or "this machine"
+            raise RuntimeError(f"{run.root}: an attempt of job {history.job_id} runs on cluster {where}")
         if history.job_id not in (None, job_id, gone) and not sole:
             return Begun(code=BUSY, says=str(history.job_id))
         if history.running:
@@ -235,17 +236,25 @@ def begin(
         if not sole and set(nodes) & set(avoid):
             ledger.append(run.ledger, "avoided", job_id=job_id, nodes=sorted(set(nodes) & set(avoid)))
             return Begun(code=AVOID, says=",".join(avoid))
-        limits = _limits(config)
-        if (why := futile(history.attempts_without_progress, limits)) is not None:
-            _give_up(run, history.attempts, why)
+        why = _input_problem(config) or futile(history.attempts_without_progress, _limits(config))
+        if why is not None:
+            _give_up(run, history, why)
             raise RuntimeError(why)
         attempt = history.attempts + 1
         run.announce(attempt)  # first of all: from here on an older attempt can write nothing
         ledger.append(
             run.ledger, "attempt_started", attempt=attempt, job_id=job_id, node=nodes[0] if nodes else "", nodes=nodes,
-            restart_count=restart_count,
+            restart_count=restart_count, slurm_cluster=cluster,
         )  # fmt: skip
         return Begun(attempt)
+
+
+def _input_problem(config: dict[str, Any]) -> str | None:
+    for name, source in config["inputs"].items():
+        folder = Path(source["path"]) if source and source.get("run_dir") else None
+        if folder is not None and (why := manifest.problem(folder)):
+            return f"inputs.{name}={folder}: not a complete output ({why})"
+    return None
 
 
 def _limits(config: dict[str, Any]) -> Limits:
@@ -336,11 +345,12 @@ def record_end(
     write_atomic(run.failure_count, f"{history.failures + (ending.outcome in FAILED)}\n")
 
 
-def _give_up(run: RunDirectory, attempt: int, why: str) -> None:
-    """The run ends here although its newest attempt was to be followed by another."""
+def _give_up(run: RunDirectory, history: History, why: str) -> None:
+    """The run ends before its next attempt could begin."""
     ledger.append(
-        run.ledger, "attempt_ended", attempt=attempt, code=1, outcome="stopped", action="exit", reason=why, gave_up=True
-    )
+        run.ledger, "attempt_ended", attempt=history.attempts + 1, code=UNUSABLE, outcome="crashed", action="exit",
+        reason=why, gave_up=True,
+    )  # fmt: skip
     cancel_dependents(run, f"upstream {run.name} failed: {why}")
 
 
@@ -435,6 +445,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--job-id", required=True)
             command.add_argument("--nodes", default="", help="by commas or blanks, the script's own first")
             command.add_argument("--sole", action="store_true", help="nobody else can have the run")
+            command.add_argument("--cluster", default="", help="SLURM's name of the cluster")
             command.add_argument("--gone", default="", help="another job of the run, which SLURM no longer runs")
             continue
         command.add_argument("--attempt", type=int, required=True)
@@ -456,7 +467,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "begin":
             nodes = re.split(r"[,\s]+", args.nodes.strip()) if args.nodes.strip() else []
             begun = patiently(
-                lambda: begin(run, args.job_id, nodes, args.restart_count, args.sole, args.gone), PATIENCE_S
+                lambda: begin(run, args.job_id, nodes, args.restart_count, args.sole, args.gone, args.cluster),
+                PATIENCE_S,
             )
             if begun.code == DONE:
                 print(f"{run.root} is finished: nothing to do", file=sys.stderr)

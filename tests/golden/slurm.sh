@@ -73,11 +73,16 @@ wait_for_the_end() {
 gone=""
 while :; do
   attempt=$(life begin "$RUN_DIR" --job-id "$JOB_ID" --nodes "$(scontrol show hostnames | tr '\n' ',' | sed 's/,$//')" \
-    --restart-count "$starts" --gone "$gone")
+    --restart-count "$starts" --gone "$gone" --cluster "${SLURM_CLUSTER_NAME:-}")
   code=$?
   if [ "$code" -eq 5 ]; then requeue "$attempt"; fi
   if [ "$code" -ne 4 ]; then break; fi
   other=$attempt
+  if [[ $other == local-* ]]; then # of a supervisor without SLURM, which holds this lock as long as it has the run
+    if flock --nonblock "$RUN_DIR/slurm/.supervisor.lock" true; then gone=$other; continue; fi
+    echo "error: a local supervisor has this run: this job leaves it alone" >&2
+    exit 1
+  fi
   if state=$(squeue -h --states=all -o %T -j "$other" 2>&1); then
     case $state in
       "" | BOOT_FAIL | CANCELLED | COMPLETED | DEADLINE | FAILED | NODE_FAIL | OUT_OF_MEMORY | TIMEOUT) gone=$other ;;

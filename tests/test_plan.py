@@ -1,0 +1,95 @@
+"""What a command is going to do about what is there already. No SLURM: its answers are given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from conf.check import ConfigError
+from conf.schema import Config
+from launchers import slurm
+from launchers.plan import Planned, _check_restart, live_jobs, stale
+from post_training.run.directory import RunDirectory
+from post_training.run.history import History
+
+
+def job(job_id: str, comment: str = "", state: str = "PENDING", **more: str) -> slurm.JobRecord:
+    text = {"reason": "None", "partition": "gpu", "submit_time": "", "start_time": "", "dependency": "", **more}
+    return slurm.JobRecord(
+        job_id=job_id, state=state, elapsed=0, limit=60, nodes=1, node_list="", comment=comment, **text
+    )  # fmt: skip
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, *jobs: slurm.JobRecord, why: str | None = None) -> None:
+    """What squeue says from now on."""
+    found = slurm.Unknown(why) if why is not None else {job.job_id: job for job in jobs}
+    monkeypatch.setattr(slurm, "jobs", lambda *args, **options: found)
+
+
+def test_jobs_are_known_by_the_folder_in_their_comment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, other = tmp_path / "p" / "sft", tmp_path / "p" / "rm"
+    root.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "p")
+    history = History(job_id="7")
+    for comment in (f"{root}", f"{root} token=0a1b2c3d", f"{tmp_path}/link/sft token=0a1b2c3d"):
+        answer(monkeypatch, job("9", comment))
+        assert live_jobs({root: History()}, None) == {root: job("9", comment)}
+    answer(monkeypatch, job("9", f"{root}"), job("7", f"{root} token=0"), job("10", f"{root}"))
+    found = live_jobs({root: history}, None)[root]
+    assert isinstance(found, slurm.JobRecord) and found.job_id == "7"  # the ledger's
+    answer(monkeypatch, job("7", f"{other} token=0"))  # another cluster's job of the same number
+    assert live_jobs({root: history}, None) == {}
+    answer(monkeypatch, job("7", "the site's own words"))
+    assert live_jobs({root: history}, None) == {root: job("7", "the site's own words")}
+    answer(monkeypatch, job("7", f"{root} token=0", state="FAILED"))
+    assert live_jobs({root: history}, None) == {}
+
+
+def test_without_an_answer_only_the_ledger_says_that_a_job_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(monkeypatch, why="timed out")
+    histories = {
+        Path("/p/written"): History(job_id="1"),
+        Path("/p/not_written"): History(),  # the command may have died between sbatch and its note
+        Path("/p/gave_up"): History(job_id="2", outcome="crashed", action="exit", gave_up=True),
+    }
+    assert live_jobs(histories, None).keys() == {Path("/p/written"), Path("/p/not_written")}
+
+
+@pytest.mark.parametrize(
+    ("waiting", "needs", "expected"),
+    [
+        (job("9", dependency="afterok:7(unfulfilled),afterok:8(unfulfilled)"), ["7", "8"], False),
+        (job("9", dependency="afterok:7(unfulfilled)"), [], False),
+        (job("9", dependency="afterok:6(unfulfilled)"), ["7"], True),  # its parent was submitted anew since
+        (job("9", dependency="(null)"), ["7"], True),
+        (job("9", dependency="afterok:7(failed)", reason="DependencyNeverSatisfied"), ["7"], True),
+        (job("9", dependency="(null)", state="RUNNING"), ["7"], False),
+    ],
+)
+def test_a_job_that_waits_for_the_wrong_ones_is_stale(
+    waiting: slurm.JobRecord, needs: list[str], expected: bool
+) -> None:  # fmt: skip
+    assert stale(waiting, needs) is expected
+
+
+@pytest.mark.parametrize(
+    ("decisions", "refused"),
+    [
+        ({"base": "done", "sft": "again", "dpo": "live"}, False),
+        ({"base": "new"}, False),
+        ({"base": "done", "sft": "live"}, True),
+        ({"base": "done"}, True),
+    ],
+)
+def test_a_restart_that_would_do_nothing_is_refused(decisions: dict[str, str], refused: bool) -> None:
+    def planned(name: str, decision: str) -> Planned:
+        run = RunDirectory(Path("/o/p") / name)
+        return Planned(name, Config(restart=True), {"pipeline": "p"}, run, decision, [], job_id="5")
+
+    stages = {name: planned(name, decision) for name, decision in decisions.items()}
+    if not refused:
+        _check_restart(stages)
+        return
+    with pytest.raises(ConfigError, match="restart=true: there is nothing to start from scratch: base is done"):
+        _check_restart(stages)
