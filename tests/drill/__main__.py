@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from conf.schema import Slurm, Training
 from launchers import devcluster as dc
 from launchers.slurm import TOKEN
 from post_training.run import ledger, manifest
+from post_training.run.accounting import account
 from post_training.run.directory import RunDirectory
 from tests.drill import faults as hands
 from tests.drill import plan, verdict
@@ -34,6 +35,7 @@ LOOK_SECONDS = 0.5
 RECOVERY_SECONDS = 240.0
 """A run that has not gone on by then never will: requeue hold, start-up and the longest watchdog are far below."""
 UNSEEN_SECONDS = 60.0
+"""A submitted job is in the queue at once: one not seen by then is not known by what the drill takes it by."""
 DISK_MB = 96
 """Size of each run's own disk: some checkpoints of a tiny model, soon filled."""
 
@@ -382,11 +384,7 @@ def _metrics(run: RunDirectory) -> list[dict[str, Any]]:
     return [json.loads(line) for line in run.metrics.read_text().splitlines()]
 
 
-def _accounted(events: Sequence[Mapping[str, Any]]) -> float | None:
-    try:
-        from post_training.run.accounting import account
-    except ImportError:
-        return None
+def _accounted(events: Sequence[ledger.Event]) -> float:
     return sum(account(events).seconds.values())
 
 
