@@ -10,7 +10,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/python -m launchers.pipeline pipeline=quickstart cluster=local
 
 test: $(VENV)/.installed-dev slurm lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -37,7 +37,7 @@ $(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
 
 # wandb, an extra, and what it alone brings
 WANDB := wandb|cwevals|distro|sniffio|opentelemetry-.*|googleapis-common-protos|platformdirs|requests|urllib3|charset-normalizer
-DEV := ^(pytest|hypothesis|ruff|mypy|mypy_extensions|types-.*|pluggy|iniconfig|sortedcontainers|pathspec|librt|ast_serialize|$(WANDB))==
+DEV := ^(pytest|pytest-xdist|execnet|hypothesis|ruff|mypy|mypy_extensions|types-.*|pluggy|iniconfig|sortedcontainers|pathspec|librt|ast_serialize|$(WANDB))==
 
 # Write down the versions of this environment, after it was upgraded and tested.
 lock: $(VENV)/.installed-dev

@@ -150,13 +150,21 @@ def test_another_world_size_says_what_holds(tmp_path: Path, start: Path) -> None
     assert [m["step"] for m in metrics(run) if "loss" in m] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("every", [["save_minutes=0.00001"], ["save_minutes=auto", "mttf_hours=1e-9"]])
-def test_saves_by_the_clock(tmp_path: Path, start: Path, every: list[str]) -> None:
-    """A save is due after every step: an interval shorter than one, or failures expected sooner than one."""
+@pytest.mark.parametrize(
+    ("every", "saved"),
+    [
+        (["save_minutes=0.00001"], {1, 2, 3, 4}),  # an interval shorter than a step
+        (["save_minutes=auto", "mttf_hours=1e-9"], {1, 4}),  # failures expected sooner than a step; then none was seen
+        (["save_minutes=auto"], {4}),
+    ],
+)
+def test_saves_by_the_clock(tmp_path: Path, start: Path, every: list[str], saved: set[int]) -> None:
     given = [f"checkpointing.{key}" for key in ("save_steps=500", "save_total_limit=9", *every)]
     run = make_run(tmp_path, "sft", "training.max_steps=4", *given, model=start)
     Attempt(run, world_size=2).finish()
-    assert [e["step"] for e in events(run, "checkpoint_saved")] == [1, 2, 3, 4]
+    assert {e["step"] for e in events(run, "checkpoint_saved")} >= saved
+    if len(saved) == 1:
+        assert len(events(run, "checkpoint_saved")) == 1
 
 
 def test_an_evaluation_leaves_when_it_is_asked_to(tmp_path: Path, start: Path) -> None:
