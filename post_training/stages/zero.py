@@ -50,6 +50,11 @@ def prepare_zero(cfg: Config) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
+    if not torch.cuda.is_available():
+        # Its shared-memory collectives are compiled at first use under a lock file without an owner: a process killed
+        # meanwhile would leave the lock, and every later attempt would wait for it. Gloo does the same work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
     backend = cfg.parallel.backend or ("nccl" if torch.cuda.is_available() else "gloo")
     timeout = timedelta(minutes=cfg.parallel.timeout_minutes)
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
