@@ -118,7 +118,11 @@ def serve(control: socket.socket) -> dict[str, Any] | None:
                 message, fds, *_ = socket.recv_fds(control, 1 << 20, 2)
                 if not message:
                     for pid, _ in children.values():
-                        os.killpg(pid, signal.SIGKILL)
+                        os.kill(pid, signal.SIGKILL)  # not waited for yet, so it is there
+                        try:
+                            os.killpg(pid, signal.SIGKILL)  # what it has started
+                        except ProcessLookupError:  # it has come to no session of its own
+                            pass
                     return None
                 output, channel = fds[0], socket.socket(fileno=fds[1])
                 pid = os.fork()
