@@ -75,7 +75,7 @@ def job_script(cfg: Config, run: RunDirectory, python: str, dependency: list[str
     template = f"{cfg.cluster.scheduler}.sh.j2"
     # later than the ranks' own watchdogs, which can say what they were doing
     watchdog_s = 60 * cfg.slurm.watchdog_minutes
-    hung_seconds = int(1.25 * watchdog_s + min(30, watchdog_s))
+    hung_seconds = int(1.25 * watchdog_s + min(30, watchdog_s / 2))
     return (
         environment()
         .get_template(template)
@@ -103,7 +103,7 @@ def job_script(cfg: Config, run: RunDirectory, python: str, dependency: list[str
             avoid_code=life.AVOID,
             hung_code=life.HUNG,
             hung_seconds=hung_seconds,
-            watch_seconds=max(1, min(30, hung_seconds // 4)),
+            watch_seconds=max(1, min(30, hung_seconds // 8)),
             health_check=cfg.slurm.health_check,
         )
     )

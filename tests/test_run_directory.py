@@ -716,6 +716,24 @@ def test_a_full_disk_is_waited_for(run: RunDirectory) -> None:
         life.patiently(lambda: Path("/none/none").write_text(""), 60)
 
 
+def test_an_end_that_finds_no_room_is_recorded_once(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for the ledger's line, none for the failure count: the second try must not write the line again."""
+    configure(run)
+    attempt = begin(run, "7", "n1") or 0
+    real, tries = life.write_atomic, []
+
+    def full(path: Path, text: str) -> None:
+        tries.append(path)
+        if len(tries) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, text)
+
+    monkeypatch.setattr(life, "write_atomic", full)
+    life.patiently(lambda: life.end(run, attempt, 1, None), 60)
+    assert len([e for e in ledger.read(run.ledger) if e["event"] == "attempt_ended"]) == 1
+    assert len(tries) == 2 and run.failure_count.read_text() == "1\n"
+
+
 def test_end_of_a_finished_attempt(run: RunDirectory) -> None:
     configure(run)
     attempt = begin(run, "7", "n1")

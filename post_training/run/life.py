@@ -318,13 +318,13 @@ def end(
         )  # fmt: skip
         outcome, reason = classify(seen)
         ending = decide(outcome, reason, code, word, signal, history, _limits(config))
-    record_end(run, history, attempt, code, ending, word)
-    wall = config["slurm"].get("signal_time_seconds")
-    if signal == "USR1":
-        _warn_of_short_lead(run, wall)
     if config.get("cluster", {}).get("scheduler") == "slurm" and (ending.gave_up or ending.outcome == "cancelled"):
         cancel_dependents(run, f"upstream {run.name} {'failed' if ending.gave_up else 'was cancelled'}"
                           + (f": {ending.reason}" if ending.reason else ""))  # fmt: skip
+    # last, so that on a full disk all of this can be tried again
+    record_end(run, history, attempt, code, ending, word)
+    if signal == "USR1":
+        _warn_of_short_lead(run, config["slurm"].get("signal_time_seconds"))
     return ending
 
 
@@ -336,13 +336,13 @@ def record_end(
     until = figures["time"] if figures else None
     in_order = ending.outcome == "finished" or history.answered
     teardown = max(0.0, time.time() - until) if until is not None and in_order else None
+    write_atomic(run.failure_count, f"{history.failures + (ending.outcome in FAILED)}\n")
     ledger.append(
         run.ledger, "attempt_ended", attempt=attempt, code=code, outcome=ending.outcome, action=ending.action,
         reason=ending.reason, gave_up=ending.gave_up, lost_nodes=list(word.lost_nodes),
         step=figures.get("step") if figures else None, seconds=figures["seconds"] if figures else None,
         measured_until=until, lead=lead(figures, teardown),
     )  # fmt: skip
-    write_atomic(run.failure_count, f"{history.failures + (ending.outcome in FAILED)}\n")
 
 
 def _give_up(run: RunDirectory, history: History, why: str) -> None:
