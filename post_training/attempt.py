@@ -60,6 +60,7 @@ class Watchdog(threading.Thread):
         self.stacks, self.seconds = stacks, seconds
         self._beat = time.monotonic()
         self._armed = -math.inf
+        self._ended = threading.Event()
 
     def beat(self) -> None:
         """Something was done: a step, a save, a batch of answers."""
@@ -67,11 +68,17 @@ class Watchdog(threading.Thread):
         if self._beat - self._armed > self.seconds / 4:
             # a thread of its own, without Python's lock: for code that hangs while it holds that lock
             self._armed = self._beat
-            faulthandler.dump_traceback_later(1.25 * self.seconds + 3 * self.MOMENT_S, exit=True)
+            faulthandler.dump_traceback_later(1.25 * self.seconds + 3 * self.MOMENT_S, exit=True, file=2)
+
+    def end(self) -> None:
+        """The attempt is over: from here on nothing is watched."""
+        self._ended.set()
+        faulthandler.cancel_dump_traceback_later()
 
     def run(self) -> None:
         while (left := self._beat + self.seconds - time.monotonic()) > 0:
-            time.sleep(left)
+            if self._ended.wait(left):
+                return
         try:
             self.stacks.parent.mkdir(parents=True, exist_ok=True)
             with self.stacks.open("w") as file:

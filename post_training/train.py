@@ -115,18 +115,17 @@ def find_checkpoint(run: RunDirectory, attempt: int, trainer: Trainer, stage: St
 
 def run_attempt(run: RunDirectory, attempt: int) -> int:
     """What every stage has around it: live figures, the watchdog, and words for what went wrong."""
+    from post_training.attempt import Watchdog
     from post_training.data.source import DataError
 
     rank = int(os.environ.get("RANK", "0"))
     history = summarise(ledger.read(run.ledger))
     progress = Progress(run, attempt, history.last_step, writes=rank == 0)
+    config = run.read_config()
+    watchdog = Watchdog(run.stacks(attempt, rank), 60 * float(config["slurm"].get("watchdog_minutes", 30)))
+    watchdog.beat()
+    watchdog.start()
     try:
-        from post_training.attempt import Watchdog
-
-        config = run.read_config()
-        watchdog = Watchdog(run.stacks(attempt, rank), 60 * float(config["slurm"].get("watchdog_minutes", 30)))
-        watchdog.beat()
-        watchdog.start()
         if config["stage"] == "eval":
             from post_training.stages.eval import evaluate
 
@@ -144,6 +143,7 @@ def run_attempt(run: RunDirectory, attempt: int) -> int:
         _say_why(run, attempt, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
         return life.OUT_OF_MEMORY if is_out_of_memory(error) else 1
     finally:
+        watchdog.end()
         _leave_process_group()
 
 

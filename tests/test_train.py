@@ -393,7 +393,7 @@ def test_dropout_is_on_where_it_is_kept_and_off_where_answers_are_compared(tmp_p
     import importlib
 
     made = make_run(tmp_path, "base", "model.dropout=0.25", "training.max_steps=1", name="start")
-    assert train.train(made, 1) == 0
+    assert train.run_attempt(made, 1) == 0
 
     def dropout(stage: str) -> set[float]:
         run = make_run(tmp_path, stage, *SCHEDULE, **({} if stage == "base" else {"model": made.model}))
@@ -429,7 +429,7 @@ def test_each_length_gives_its_steps(tmp_path: Path, length: str, steps: int) ->
     run = make_run(tmp_path, "base", name="count")
     tokens = int(5.45 * 8 * tokens_of_documents(run) / 64)  # 5 with the ends counted, 6 without
     run = make_run(tmp_path, "base", "checkpointing.save_steps=100", "training." + length.format(tokens=tokens))
-    assert train.train(run, 1) == 0
+    assert train.run_attempt(run, 1) == 0
     about = manifest.read(run.model)
     assert about is not None and about["step"] == steps
     assert [m["step"] for m in metrics(run) if "loss" in m] == list(range(1, steps + 1))
@@ -454,7 +454,7 @@ def test_tokens_are_a_length_of_other_stages_too(tmp_path: Path, start: Path, st
         sizes = [size(r["prompt"][0]["content"], r[k][0]["content"]) for r in rows for k in ("chosen", "rejected")]
     per_step = 8 * sum(sizes) / len(sizes) * (1 if stage in ("sft", "kto") else 2)
     run = make_run(tmp_path, stage, f"training.num_training_tokens={int(4.3 * per_step)}", model=start)
-    assert train.train(run, 1) == 0
+    assert train.run_attempt(run, 1) == 0
     about = manifest.read(run.model)
     assert about is not None and about["step"] == 4
 
@@ -492,11 +492,16 @@ def test_data_that_cannot_be_used_ends_with_status_2(
 
 
 @pytest.mark.usefixtures("here")
-def test_sft_refuses_a_template_without_marks(tmp_path: Path, start: Path) -> None:
+def test_sft_refuses_a_template_without_marks(
+    tmp_path: Path, start: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = shutil.copytree(start, tmp_path / "model")
     (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
-    with pytest.raises(ValueError, match=r"model\.chat_template: has no \{% generation %\} marks(.|\n)*fix:"):
-        train.train(make_run(tmp_path, "sft", *SCHEDULE, model=model), 1)
+    run = make_run(tmp_path, "sft", *SCHEDULE, model=model)
+    assert train.run_attempt(run, 1) == 2
+    said = capsys.readouterr().err
+    assert "model.chat_template: has no {% generation %} marks" in said and "fix:" in said
+    assert "has no {% generation %} marks" in run.error(1).read_text()
 
 
 # ------------------------------------------------------------------------------------------ small pieces
@@ -528,7 +533,7 @@ def test_newest_complete_goes_by_number_and_wholeness(tmp_path: Path) -> None:
 
 def test_set_aside_deletes_nothing(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
-    target = resume.set_aside(checkpoint(run, 7, whole=False), attempt=3)
+    target = resume.set_aside(run, checkpoint(run, 7, whole=False), attempt=3)
     assert target == run.checkpoints / "broken-checkpoint-7-attempt-3"
     assert (target / "optimizer.pt").read_text() == "state 7"
     assert resume.checkpoint_steps(run) == []
@@ -550,7 +555,7 @@ def test_metrics_past_the_resumed_step_are_dropped(tmp_path: Path) -> None:
     lines = ['{"step": 1, "loss": 3}', '{"step": 2}', '{"step": 3}', "[4]", '{"loss": 1}', '{"step": 5, "lo']
     run.metrics.write_text("\n".join(lines))
     config = common.load_config(make_config("sft", *SCHEDULE))
-    AttemptCallback(run, 1, config.checkpointing, stop_flag=None)._cut_metrics(2)  # type: ignore[arg-type]
+    AttemptCallback(run, 1, config.checkpointing, None, None, None)._cut_metrics(2)  # type: ignore[arg-type]
     assert run.metrics.read_text() == "".join(f"{line}\n" for line in lines[:2])
 
 
