@@ -46,10 +46,13 @@ def zero_config(cfg: Config) -> dict[str, Any] | None:
 
 def prepare_zero(cfg: Config) -> None:
     """What DeepSpeed needs before it is imported and before ZeRO-3 loads a model: its device and process group."""
-    if not torch.cuda.is_available():
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
-    backend = cfg.parallel.backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    if on_cpu:  # else it compiles, at its first use, a minute of g++, a collective that training never calls
+        deepspeed.ops.__compatible_ops__ = {}
+    backend = cfg.parallel.backend or ("gloo" if on_cpu else "nccl")
     timeout = timedelta(minutes=cfg.parallel.timeout_minutes)
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
