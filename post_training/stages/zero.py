@@ -46,13 +46,15 @@ def zero_config(cfg: Config) -> dict[str, Any] | None:
 
 def prepare_zero(cfg: Config) -> None:
     """What DeepSpeed needs before it is imported and before ZeRO-3 loads a model: its device and process group."""
-    on_cpu = not torch.cuda.is_available()
-    if on_cpu:
+    if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
-    if on_cpu:  # else it compiles, at its first use, a minute of g++, a collective that training never calls
-        deepspeed.ops.__compatible_ops__ = {}
-    backend = cfg.parallel.backend or ("gloo" if on_cpu else "nccl")
+    if not torch.cuda.is_available():
+        # Its shared-memory collectives are compiled at first use under a lock file without an owner: a process killed
+        # meanwhile would leave the lock, and every later attempt would wait for it. Gloo does the same work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+    backend = cfg.parallel.backend or ("nccl" if torch.cuda.is_available() else "gloo")
     timeout = timedelta(minutes=cfg.parallel.timeout_minutes)
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
