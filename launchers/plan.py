@@ -70,6 +70,7 @@ def determining(frozen: Frozen) -> dict[str, Any]:
     stage = frozen["stage"]
     inputs = {role: source and (source["identity"] or source["path"]) for role, source in frozen["inputs"].items()}
     parts = {section: frozen[section] for section in ("stage", "seed", "model", "data", "training", stage)}
+    parts["training"] = {k: v for k, v in parts["training"].items() if k != "dataloader_num_workers"}
     return {**parts, "parallel": {"strategy": frozen["parallel"]["strategy"]}, "inputs": inputs}
 
 

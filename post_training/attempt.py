@@ -27,10 +27,6 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 
-COUNTERS = "counters.json"
-"""In a checkpoint: what the trainer counts beside its state."""
-
-
 ASSUMED_SAVE_S = 30.0
 """What save_minutes=auto takes a save to cost until one was measured, seconds."""
 
@@ -113,7 +109,6 @@ class AttemptCallback(TrainerCallback):
         self.run, self.attempt, self.checkpointing, self.stop_flag = run, attempt, checkpointing, stop_flag
         self.progress, self.watchdog = progress, watchdog
         self.trainer: Trainer | None = None
-        self.resumed_from: Path | None = None
         self.stopped = False
         self._save_started = self._last_save = time.monotonic()
         self._seconds_between_saves = self._save_interval()
@@ -125,9 +120,6 @@ class AttemptCallback(TrainerCallback):
             with self.run.writing_as(self.attempt):
                 self._cut_metrics(state.global_step)
             self._record("training_started", step=state.global_step)
-        if self.resumed_from is not None and (self.resumed_from / COUNTERS).exists():
-            for name, value in json.loads((self.resumed_from / COUNTERS).read_text()).items():
-                setattr(self.trainer, name, value)
         self.watchdog.beat()
         self.progress.training(state.global_step)
         self._last_save = time.monotonic()
@@ -168,9 +160,6 @@ class AttemptCallback(TrainerCallback):
         if state.is_world_process_zero:
             name = f"checkpoint-{state.global_step}"
             staged = self.run.staging(self.attempt) / name
-            # TRL counts tokens outside of the trainer's state, from 0 in every process
-            counted = {n: getattr(self.trainer, n) for n in ("_total_train_tokens",) if hasattr(self.trainer, n)}
-            (staged / COUNTERS).write_text(json.dumps(counted) + "\n")
             with self.run.metrics.open("ab") as metrics:
                 os.fsync(metrics.fileno())  # what was logged up to here belongs to the checkpoint
             manifest.write(staged, step=state.global_step, attempt=self.attempt, world_size=args.world_size)

@@ -49,7 +49,6 @@ def train(run: RunDirectory, attempt: int, progress: Progress, watchdog: Watchdo
         trainer.args.max_steps = steps_for_tokens(stage.cfg, token_counts(trainer.train_dataset))
 
     checkpoint = find_checkpoint(run, attempt, trainer, stage)
-    follower.resumed_from = checkpoint
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     step = trainer.state.global_step
     if follower.stopped:
