@@ -142,10 +142,10 @@ trap 'interrupted=1; late=86' ALRM
 mine=$attempt
 # A step of its own that outlives this shell: where the shell alone is killed, the job would end as failed and take its
 # dependents with it. SLURM gives a step KillWait seconds to leave, and the job is not over until then: time enough to
-# requeue it.
+# requeue it. --mem=0: the training's step may have taken all of the job's memory.
 export LIFE_SHELL=$$
-srun --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" --gpus-per-node=0 --gpus=0 --input=none --quiet \
-  bash -c '
+srun --overlap --mem=0 --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" --gpus-per-node=0 --gpus=0 --input=none \
+  --quiet bash -c '
     trap : TERM
     trap "exit 0" USR1
     while kill -0 "$LIFE_SHELL" 2>/dev/null; do read -rt 0.5 <> <(:); done
@@ -160,7 +160,7 @@ srun --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" --gpus-per-nod
 guard=$!
 
 # each node says its name where the check fails
-unhealthy=$(srun --overlap --nodes=2 --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=0 \
+unhealthy=$(srun --overlap --mem=0 --nodes=2 --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=0 \
   bash -c 'timeout 120 bash -c "$1" >&2 || echo "$SLURMD_NODENAME"' health 'nvidia-smi -q > '"'"'/tmp/it is'"'"' && test -e "$HOME"' | tr '\n' ',' | sed 's/,$//')
 if [ -n "$unhealthy" ]; then
   action=$(life end "$RUN_DIR" --attempt "$attempt" --code 1 --unhealthy "$unhealthy") || exit 1
