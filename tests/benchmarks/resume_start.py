@@ -45,7 +45,7 @@ def main() -> int:
                 if kind == "resumed":
                     shutil.copytree(stopped.checkpoints, run.checkpoints, dirs_exist_ok=True)
                 began = time.time()
-                attempt = Attempt(run)
+                attempt = Attempt(run, fork=False)  # with its imports, as a job starts it
                 after = done if kind == "resumed" else 0
                 attempt.wait_until(lambda run=run, after=after: any(m["step"] > after for m in metrics(run)), "a step")
                 logged = next(m["time"] for m in metrics(run) if m["step"] > after)
