@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import re
 import sys
@@ -17,7 +16,7 @@ from conf.check import ConfigError, nearest, parse_wall_time, tasks_per_node
 from conf.schema import Config
 from launchers import graph, slurm
 from launchers.errors import LaunchError
-from post_training.run import ledger, manifest
+from post_training.run import ledger, life, manifest
 from post_training.run.directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -208,8 +207,8 @@ def check_leads(plan: Plan) -> None:
             continue
         root, lead = seen
         parts = (f"{word} {lead[key]:.0f} s" for key, word in LEAD_PARTS.items() if lead.get(key) is not None)
-        fix = f"{name}.slurm.signal_time_seconds={enough(lead['needed'])}"
-        if enough(lead["needed"]) >= parse_wall_time(planned.cfg.slurm.wall_time):
+        fix = f"{name}.slurm.signal_time_seconds={life.enough(lead['needed'])}"
+        if life.enough(lead["needed"]) >= parse_wall_time(planned.cfg.slurm.wall_time):
             fix += ", and a slurm.wall_time that is longer than that"
         print(
             f"warning: slurm.signal_time_seconds={given} (stage {name}): to save and leave took {lead['needed']:.0f} s "
@@ -249,8 +248,3 @@ def _needed(event: Mapping[str, Any]) -> float | None:
     lead = event.get("lead") if event["event"] == "attempt_ended" else None
     needed = lead.get("needed") if isinstance(lead, dict) else None
     return needed if isinstance(needed, int | float) else None
-
-
-def enough(needed: float) -> int:
-    """slurm.signal_time_seconds for a stop that takes so long: a tenth (30 s at most) of it is the requeue's own."""
-    return math.ceil((needed + min(30, needed / 9) + 1) / 10) * 10

@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import math
 import os
 import re
 import sys
@@ -61,7 +62,7 @@ DEADLINE = 124
 """The code given to `end` when a stop request was not answered in time (the code of timeout(1))."""
 TOO_OFTEN = 2
 """A node that failed a run so often is avoided by its next attempt."""
-PATIENCE_S = float(os.environ.get("POST_TRAINING_PATIENCE_SECONDS", "600"))
+PATIENCE_S = 600.0
 """How long `begin` and `end` wait for room on a full disk, or for a file system that went away."""
 DISK = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE))
 
@@ -197,6 +198,11 @@ def lead(figures: dict[str, Any] | None, teardown: float | None) -> dict[str, fl
     return {k: None if v is None else round(v, 3) for k, v in {**parts, "needed": needed}.items()}
 
 
+def enough(needed: float) -> int:
+    """slurm.signal_time_seconds for a stop that takes so long: a tenth (30 s at most) of it is the requeue's own."""
+    return math.ceil((needed + min(30, needed / 9) + 1) / 10) * 10
+
+
 # ------------------------------------------------------------------------------------------ the hands
 
 
@@ -224,9 +230,9 @@ def begin(
     config = run.read_config()
     with run.exclusive():
         history = summarise(ledger.read(run.ledger))
-        if history.running and cluster != history.slurm_cluster and not sole:
-            where = history.slurm_cluster or "this machine"
-            raise RuntimeError(f"{run.root}: an attempt of job {history.job_id} runs on cluster {where}")
+        if history.running and history.slurm_cluster not in ("", cluster) and not sole:
+            where = f"cluster {history.slurm_cluster}"
+            raise RuntimeError(f"{run.root}: an attempt of job {history.job_id} runs on {where}")
         if history.job_id not in (None, job_id, gone) and not sole:
             return Begun(code=BUSY, says=str(history.job_id))
         if history.running:
@@ -318,7 +324,7 @@ def end(
         )  # fmt: skip
         outcome, reason = classify(seen)
         ending = decide(outcome, reason, code, word, signal, history, _limits(config))
-    if config.get("cluster", {}).get("scheduler") == "slurm" and (ending.gave_up or ending.outcome == "cancelled"):
+    if ending.gave_up or ending.outcome == "cancelled":
         cancel_dependents(run, f"upstream {run.name} {'failed' if ending.gave_up else 'was cancelled'}"
                           + (f": {ending.reason}" if ending.reason else ""))  # fmt: skip
     # last, so that on a full disk all of this can be tried again
@@ -355,7 +361,12 @@ def _give_up(run: RunDirectory, history: History, why: str) -> None:
 
 
 def cancel_dependents(run: RunDirectory, reason: str) -> None:
-    """Write the reason into the ledgers of all runs that wait for this one; SLURM cancels their jobs."""
+    """Write the reason into the ledgers of all runs that wait for this one; SLURM cancels their jobs.
+
+    On this machine the supervisor does both.
+    """
+    if run.read_config().get("cluster", {}).get("scheduler") != "slurm":
+        return
     try:
         stages = json.loads((run.root.parent / "pipeline.json").read_text())["stages"]
         roots = {name: Path(entry["run_dir"]) for name, entry in stages.items()}
@@ -410,7 +421,7 @@ def _warn_of_short_lead(run: RunDirectory, given: int | None) -> None:
     if needed is not None and given is not None and needed > given:
         print(
             f"warning: slurm.signal_time_seconds={given}: this attempt needed {needed:.0f} s to stop "
-            f"(longest step, save and teardown)\n  fix: slurm.signal_time_seconds={int(needed * 1.5) + 1}",
+            f"(longest step, save and teardown)\n  fix: slurm.signal_time_seconds={enough(needed)}",
             file=sys.stderr,
         )
 
