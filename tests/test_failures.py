@@ -113,8 +113,8 @@ class SlurmRun:
         self.run.config.write_text(yaml.safe_dump(frozen))
         self.job_id = ""
 
-    def submit(self, *after: str) -> SlurmRun:
-        script = job_script(self.cfg, self.run, sys.executable, list(after))
+    def submit(self, *after: str, python: str = sys.executable) -> SlurmRun:
+        script = job_script(self.cfg, self.run, python, list(after))
         self.job_id = RunExecutor(self.run, script, "dev", str(self.cluster.conf)).submit_run().job_id
         return self
 
@@ -194,9 +194,17 @@ def test_a_planned_stop_keeps_the_job_and_its_dependents(runs: Any) -> None:
     assert second.history().attempt_started >= first.history().attempt_ended
 
 
-def test_the_killed_job_script_is_requeued_by_its_guard(runs: Any) -> None:
-    """By itself the job would end as failed, and SLURM would cancel its dependents."""
-    first = runs("deaf finish").submit()
+@pytest.mark.parametrize("term_comes", ["at any time", "while the guard is at work"])
+def test_the_killed_job_script_is_requeued_by_its_guard(runs: Any, term_comes: str, tmp_path: Path) -> None:
+    """By itself the job would end as failed, and SLURM would cancel its dependents.
+
+    SLURM ends the steps of a job without a script: SIGTERM to all their processes, KillWait later SIGKILL.
+    """
+    python = tmp_path / "python"
+    at_work = "true" if term_comes == "at any time" else "kill -TERM 0"
+    python.write_text(f'#!/bin/bash\nif [[ $* == *"life guard"* ]]; then {at_work}; fi\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    first = runs("deaf finish").submit(python=str(python))
     second = runs("finish", "dpo").submit(first.job_id)
     first.rank(1)
     mine = str(first.run.root)

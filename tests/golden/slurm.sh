@@ -128,11 +128,12 @@ trap 'interrupted=1; late=86' ALRM
 mine=$attempt
 # A step of its own that outlives this shell: where the shell alone is killed, the job would end as failed and take its
 # dependents with it. SLURM gives a step KillWait seconds to leave, and the job is not over until then: time enough to
-# requeue it. --mem=0: the training's step may have taken all of the job's memory.
+# requeue it; the SIGTERM at their beginning goes to all its processes. --mem=0: the training's step may have taken all
+# of the job's memory.
 export LIFE_SHELL=$$
 srun --overlap --mem=0 --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" --gpus-per-node=0 --gpus=0 --input=none \
   --quiet bash -c '
-    trap : TERM
+    trap "" TERM
     trap "exit 0" USR1
     while kill -0 "$LIFE_SHELL" 2>/dev/null; do read -rt 0.5 <> <(:); done
     case $("$0" -m post_training.run.life guard "$1" --attempt "$2") in
