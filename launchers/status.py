@@ -142,6 +142,8 @@ def row_state(
     if output_problem is None:
         return "done", None
     if history.job_id is None and not history.cancelled:
+        if isinstance(job, slurm.Unknown):
+            return "unknown", f"{_first_line(job.why)} (the ledger says: not submitted yet)"
         return "waiting", "not submitted yet"
     if is_local(history):
         return _local_state(history, output_problem, waits_for) if local_alive else _gone(history, output_problem)
@@ -149,10 +151,14 @@ def row_state(
         if history.cancelled or history.gave_up:
             return _gone(history, output_problem)
         last = "running" if history.running else history.outcome or "submitted"
-        return "unknown", f"{job.why.splitlines()[0] if job.why else 'SLURM did not answer'} (the ledger says: {last})"
+        return "unknown", f"{_first_line(job.why)} (the ledger says: {last})"
     if job is None:
         return _gone(history, output_problem)
     return _slurm_state(history, output_problem, job, waits_for)
+
+
+def _first_line(why: str) -> str:
+    return why.splitlines()[0] if why else "SLURM did not answer"
 
 
 def last_end(history: History) -> str | None:
@@ -397,13 +403,35 @@ Jobs = dict[str | None, dict[str, slurm.JobRecord] | slurm.Unknown]
 
 
 def ask_slurm(looks: list[Look]) -> Jobs:
-    """squeue's answers by slurm.conf: one call, unless runs of several clusters are looked at."""
+    """squeue's answers by slurm.conf: one call, unless runs of several clusters are looked at.
+
+    A run whose ledger names no job may have one: the command that submitted it died before it wrote that down, or is
+    about to. Then one more call looks for it by its folder, and its job id is taken from there.
+    """
     ids: dict[str | None, list[str]] = {}
+    unnamed: dict[str | None, list[Look]] = {}
     for look in looks:
         history = look.story.history
-        if history.job_id and _JOB_ID.fullmatch(history.job_id) and not look.done and not is_local(history):
+        if look.done or is_local(history):
+            continue
+        if history.job_id and _JOB_ID.fullmatch(history.job_id):
             ids.setdefault(_conf(look), []).append(history.job_id)
-    return {conf: slurm.jobs(wanted, conf=conf) for conf, wanted in ids.items()}
+        elif history.job_id is None and look.section("cluster").get("scheduler") == "slurm":
+            unnamed.setdefault(_conf(look), []).append(look)
+    answers: Jobs = {conf: slurm.jobs(wanted, conf=conf) for conf, wanted in ids.items()}
+    for conf, lookers in unnamed.items():
+        from launchers.plan import live_jobs  # rarely needed, and brings Hydra
+
+        answer = answers.setdefault(conf, {})
+        live = live_jobs({look.run.root: look.story.history for look in lookers}, conf)
+        for look in lookers:
+            job = live.get(look.run.root)
+            if isinstance(job, slurm.Unknown):
+                answers[conf] = job
+            elif job is not None and not isinstance(answer, slurm.Unknown):
+                look.story.history.job_id = job.job_id
+                answer[job.job_id] = job
+    return answers
 
 
 def _conf(look: Look) -> str | None:
@@ -428,7 +456,7 @@ def rows_of(looks: list[Look], jobs: Jobs, now: float) -> list[dict[str, Any]]:
             answer = slurm.Unknown(f"{history.job_id} is no job id of SLURM's")
         job = answer if isinstance(answer, slurm.Unknown) else (answer or {}).get(history.job_id or "")
         local = is_local(history)
-        if local:
+        if local or not look.config:
             job = None
         state, reason = row_state(
             history, look.output_problem, job, local and not look.done and owned(look.run), waits_for

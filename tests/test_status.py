@@ -293,6 +293,25 @@ def test_one_squeue_call_tells_the_whole_pipeline(outputs: Outputs) -> None:
     assert rows["ppo"]["reward"] == 0.75
 
 
+def test_a_job_is_found_though_its_submission_was_not_written_down(outputs: Outputs) -> None:
+    """The command died between sbatch's answer and the ledger's line."""
+    dpo, kto = outputs.run("dpo", "dpo", after=("sft",)), outputs.run("kto", "kto", after=("sft",))
+    outputs.write_graphs()
+    known = (outputs.bin / "answer").read_text()
+    ours = squeue_line("110", "PENDING", "Dependency").replace("/some/run", f"{dpo.root} token=ab12")
+    outputs.squeue(known + ours)
+    rows = outputs.rows()
+    assert (rows["dpo"]["state"], rows["dpo"]["job_id"]) == ("waiting", "110")
+    assert rows["dpo"]["reason"] == "waits for sft"
+    assert (rows["kto"]["state"], rows["kto"]["job_id"]) == ("waiting", None)
+    assert rows["kto"]["reason"] == "not submitted yet" and kto.root.is_dir()
+    assert len(outputs.calls()) == 2
+    outputs.squeue("", code=1, error="slurm_load_jobs error")
+    rows = outputs.rows()
+    assert rows["dpo"]["state"] == rows["kto"]["state"] == "unknown"
+    assert rows["base"]["state"] == "done"
+
+
 def test_nothing_is_asked_where_all_is_done(tmp_path: Path) -> None:
     made = Outputs(tmp_path)
     made.run("base", done=True, job_id="101")
