@@ -195,7 +195,7 @@ def _starts_training(process: psutil.Process) -> bool:
 
 def _is_guard(process: psutil.Process) -> bool:
     argv = process.cmdline()
-    return argv[:1] == ["bash"] and any("run.life guard" in arg for arg in argv)
+    return bool(argv) and Path(argv[0]).name == "bash" and any("run.life guard" in arg for arg in argv)
 
 
 def _is_script(process: psutil.Process | None) -> bool:
