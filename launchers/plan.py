@@ -22,6 +22,7 @@ from conf.check import ConfigError
 from conf.schema import CONFIG_VERSION, Cluster, Config, Node
 from launchers import graph, slurm
 from launchers.errors import LaunchError
+from launchers.preflight import transforms_of
 from launchers.selection import Selection, sources
 from post_training.run import ledger, manifest
 from post_training.run.directory import RunDirectory
@@ -43,6 +44,13 @@ def absolute(text: str | None) -> str | None:
     return str(path.absolute()) if path.exists() else text
 
 
+def frozen_transforms(cfg: Config) -> str | None:
+    """Where the run's code holds the user's transforms. The name has the hash of the text: that is what counts."""
+    if cfg.data.transform_file is None:
+        return None
+    return f"functions/{hashlib.sha256(transforms_of(cfg)).hexdigest()[:16]}/{Path(cfg.data.transform_file).name}"
+
+
 def freeze(cfg: Config, name: str, run_name: str, inputs: Mapping[str, Any]) -> Frozen:
     """What is written as a run's config.yaml: plain data, resolved, with absolute paths, and its identity."""
     plain = asdict(cfg)
@@ -52,6 +60,9 @@ def freeze(cfg: Config, name: str, run_name: str, inputs: Mapping[str, Any]) -> 
     }.items():
         for key in keys:
             plain[section][key] = absolute(plain[section][key])
+    for part in plain["data"]["datasets"]:
+        part["path"] = absolute(part["path"])
+    plain["data"]["transform_file"] = frozen_transforms(cfg)
     frozen: Frozen = {
         "version": CONFIG_VERSION, "name": name, "stage": cfg.stage, "pipeline": run_name, "identity": "",
         "seed": cfg.seed, "offline": cfg.offline,
