@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterable
 
-from conf.schema import LENGTHS, TECHNIQUES, Config
+from conf.schema import LENGTHS, TECHNIQUES, TEMPLATES, Config
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16", "float16"),
@@ -131,6 +131,11 @@ def check_run(cfg: Config) -> None:
         _check_length(cfg)
         _check_batch(cfg)
         _check_parallel(cfg)
+    if cfg.stage == "sft":
+        for name in cfg.sft.random_templates:
+            if name not in TEMPLATES:
+                problem = f"must be some of {', '.join(TEMPLATES)}"
+                raise ConfigError("sft.random_templates", name, problem, nearest(name, TEMPLATES))
     if cfg.stage == "ppo":
         reward = cfg.ppo.reward
         if not (reward.correct or reward.format or reward.random or cfg.ppo.reward_model_weight):

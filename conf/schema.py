@@ -36,7 +36,10 @@ class Model:
     dtype: str = key("bfloat16", "dtype of the weights while training: float32, bfloat16 or float16")
     attn_implementation: str = key("sdpa", "attention kernel: sdpa, eager, flash_attention_2, ...")
     tokenizer: str = key("bytes", "'bytes' (no file needed), or hub id or folder; a pretrained model brings its own")
-    chat_template: str | None = key("think_answer", "'think_answer', a Jinja file's path, or null: the tokenizer's own")
+    chat_template: str | None = key(
+        None,
+        "think_answer, chatml, llama3, qwen3, tulu3, alpaca, or a Jinja file; null: the tokenizer's own, if any",
+    )
     hidden_size: int = key(128, "from scratch: width of the residual stream")
     intermediate_size: int = key(512, "from scratch: width of the MLP")
     num_layers: int = key(2, "from scratch: number of decoder layers")
@@ -59,6 +62,7 @@ class Data:
     num_pairs: int = key(2000, "arithmetic: preference pairs for rm, dpo, orpo and kto")
     num_prompts: int = key(4000, "arithmetic: prompts for ppo and grpo")
     worked_fraction: float = key(0.7, "arithmetic: share of base documents with worked columns, 0 to 1")
+    system_prompt: str | None = key(None, "system message of conversations that have none; null: none is added")
     seed: int = key(0, "seed of generation, of the held-out split and of shuffling records")
 
 
@@ -160,6 +164,7 @@ class Base:
 class Sft:
     lr: float = key(2e-5, "peak learning rate")
     packing: bool = key(False, "several samples in one row (best-fit decreasing); needs flash_attention_2")
+    random_templates: list[str] = key([], "formats drawn per sample beside model.chat_template, as in [chatml,alpaca]")
 
 
 @dataclass
@@ -287,5 +292,8 @@ class Config:
 
 TECHNIQUES = ("base", "sft", "rm", "ppo", "dpo", "orpo", "kto", "grpo", "eval")
 """Stages with a section of their own in the config, and a file in post_training/stages/."""
+
+TEMPLATES = ("think_answer", "chatml", "llama3", "qwen3", "tulu3", "alpaca")
+"""Chat templates that have a name; their texts are in post_training/data/templates.py."""
 
 LENGTHS = ("max_steps", "num_training_samples", "num_training_tokens", "num_train_epochs")

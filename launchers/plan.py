@@ -18,8 +18,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from conf.chat import is_text
 from conf.check import ConfigError
-from conf.schema import CONFIG_VERSION, Cluster, Config, Node
+from conf.schema import CONFIG_VERSION, TEMPLATES, Cluster, Config, Node
 from launchers import graph, slurm
 from launchers.errors import LaunchError
 from launchers.selection import Selection, sources
@@ -43,15 +44,24 @@ def absolute(text: str | None) -> str | None:
     return str(path.absolute()) if path.exists() else text
 
 
+def _frozen_template(given: str | None) -> str | None:
+    """A chat template's name, or a file's text: an edit of the file must not change a run that is submitted."""
+    path = Path(given or "").expanduser()
+    if given is None or given in TEMPLATES or is_text(given) or not path.is_file():
+        return given
+    return path.read_text(encoding="utf-8")
+
+
 def freeze(cfg: Config, name: str, run_name: str, inputs: Mapping[str, Any]) -> Frozen:
     """What is written as a run's config.yaml: plain data, resolved, with absolute paths, and its identity."""
     plain = asdict(cfg)
     for section, keys in {
-        "model": ("name_or_path", "tokenizer", "chat_template"),
+        "model": ("name_or_path", "tokenizer"),
         "data": ("path", "eval_path"),
     }.items():
         for key in keys:
             plain[section][key] = absolute(plain[section][key])
+    plain["model"]["chat_template"] = _frozen_template(cfg.model.chat_template)
     frozen: Frozen = {
         "version": CONFIG_VERSION, "name": name, "stage": cfg.stage, "pipeline": run_name, "identity": "",
         "seed": cfg.seed, "offline": cfg.offline,
