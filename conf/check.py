@@ -127,7 +127,7 @@ def check_run(cfg: Config) -> None:
         raise ConfigError("run_name", cfg.run_name, "is used as a folder's name", "use letters, digits and . _ - = , +")
     _check_slurm(cfg)
     _check_model(cfg)
-    if cfg.stage != "eval":
+    if cfg.stage not in ("eval", "prepare"):
         _check_length(cfg)
         _check_batch(cfg)
         _check_parallel(cfg)

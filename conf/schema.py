@@ -236,6 +236,13 @@ class Eval:
     num_problems: int = key(512, "held-out problems or records scored")
 
 
+@dataclass
+class Prepare:
+    stages: list[str] = key([], "stages of the pipeline whose data is prepared; []: all of base, sft, rm and dpo")
+    num_proc: int | None = key(None, "processes that tokenise; null: as many as the job has CPU cores")
+    targets: dict[str, Any] = key({}, "what those stages' data depends on; filled in at submission")
+
+
 # ---------------------------------------------------------------------------------------------- graph
 
 
@@ -286,14 +293,18 @@ class Config:
     kto: Kto = key(Kto(), "kto stage: Kahneman-Tversky optimisation, single answers marked good or bad")
     grpo: Grpo = key(Grpo(), "grpo stage")
     eval: Eval = key(Eval(), "eval stage: held-out judgement of one model")
+    prepare: Prepare = key(Prepare(), "prepare stage: data tokenised and packed before its stages start, on CPUs")
     pipeline: Pipeline = key(Pipeline(), "the graph of stages")
     stages: dict[str, Any] = key({}, "what `<stage>.<key>=...` on the command line sets for one stage alone")
 
 
-TECHNIQUES = ("base", "sft", "rm", "ppo", "dpo", "orpo", "kto", "grpo", "eval")
+TECHNIQUES = ("base", "sft", "rm", "ppo", "dpo", "orpo", "kto", "grpo", "eval", "prepare")
 """Stages with a section of their own in the config, and a file in post_training/stages/."""
 
 TEMPLATES = ("think_answer", "chatml", "llama3", "qwen3", "tulu3", "alpaca")
 """Chat templates that have a name; their texts are in post_training/data/templates.py."""
+
+PREPARABLE = ("base", "sft", "rm", "dpo")
+"""Techniques whose data can be prepared before they start."""
 
 LENGTHS = ("max_steps", "num_training_samples", "num_training_tokens", "num_train_epochs")
