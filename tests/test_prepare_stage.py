@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from conf.check import ConfigError
+from launchers.compose import rewrite
 from launchers.plan import Plan, make_plan
 from launchers.selection import select
 from post_training import train
@@ -29,7 +30,7 @@ PREPARED = ("base", "sft", "rm", "dpo")
 def plan(folder: Path, *overrides: str) -> Plan:
     common = [o for o in TINY if not o.startswith(("cluster.", "slurm."))]
     tokens = ["pipeline=prepared", "cluster=local", f"paths.output_base={folder}", *common, *overrides]
-    return make_plan(select(tokens, only_one=False), ask=False)
+    return make_plan(select([rewrite(token) for token in tokens], only_one=False), ask=False)
 
 
 def begin(planned: Any) -> RunDirectory:
@@ -55,7 +56,7 @@ def handlers() -> Any:
     [
         ("training.max_steps=2",),
         ("training.max_steps=2", "data.system_prompt=Hi", "model.chat_template=chatml", "sft.packing=true",
-         "dpo.model.chat_template=llama3", "sft.random_templates=[tulu3]", "rm.training.max_length=32"),
+         "dpo.model.chat_template=llama3", "sft.random_templates=[tulu3]", "training.max_length=512", "rm.training.max_length=300"),
     ],
     ids=["plain", "with everything"],
 )  # fmt: skip
