@@ -8,13 +8,15 @@ import math
 import re
 from collections.abc import Iterable
 
+from conf.datasets import KNOWN, STAGE_VIEWS, TRANSFORMS, VIEWS, having, views_of
 from conf.schema import LENGTHS, TECHNIQUES, TEMPLATES, Config
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16", "float16"),
     "training.lr_scheduler": ("cosine", "linear", "constant", "constant_with_warmup"),
     "parallel.strategy": ("ddp", "zero2", "zero3"),
-    "data.name": ("arithmetic", "gsm8k", "hh_rlhf"),
+    "data.name": tuple(KNOWN),
+    "data.quality.dedup": ("none", "exact", "near"),
     "cluster.scheduler": ("slurm", "local", "auto"),
 }
 AT_LEAST: dict[str, float] = {
@@ -40,6 +42,9 @@ AT_LEAST: dict[str, float] = {
     "logging.steps": 1,
     "data.held_out": 1,
     "data.max_samples": 1,
+    "data.quality.min_chars": 0,
+    "data.quality.max_chars": 1,
+    "data.quality.max_per_category": 1,
     "eval.num_problems": 1,
     "eval.batch_size": 1,
     "eval.max_new_tokens": 1,
@@ -127,6 +132,7 @@ def check_run(cfg: Config) -> None:
         raise ConfigError("run_name", cfg.run_name, "is used as a folder's name", "use letters, digits and . _ - = , +")
     _check_slurm(cfg)
     _check_model(cfg)
+    _check_data(cfg)
     if cfg.stage not in ("eval", "prepare"):
         _check_length(cfg)
         _check_batch(cfg)
@@ -205,6 +211,54 @@ def _check_model(cfg: Config) -> None:
             f"the model has model.max_position_embeddings={cfg.model.max_position_embeddings}",
             f"training.max_length={cfg.model.max_position_embeddings}",
         )  # fmt: skip
+
+
+def _check_data(cfg: Config) -> None:
+    data, quality = cfg.data, cfg.data.quality
+    if not 0 < quality.near_threshold < 1:
+        fix = "data.quality.near_threshold=0.8, or data.quality.dedup=exact"
+        raise ConfigError("data.quality.near_threshold", quality.near_threshold, "must be between 0 and 1", fix)
+    if quality.min_chars is not None and quality.max_chars is not None and quality.min_chars > quality.max_chars:
+        problem = f"is more than data.quality.max_chars={quality.max_chars}: nothing would be left"
+        raise ConfigError("data.quality.min_chars", quality.min_chars, problem, "data.quality.min_chars=null")
+    if data.datasets:
+        for name in ("path", "subset", "split", "eval_path", "eval_split", "transform"):
+            if getattr(data, name) is not None:
+                fix = f"give {name} inside data.datasets" if name in ("path", "subset", "split", "transform") else ""
+                problem = "data.datasets says which records there are"
+                raise ConfigError(f"data.{name}", getattr(data, name), problem, fix or f"data.{name}=null")
+        for number, part in enumerate(data.datasets):
+            where = f"data.datasets[{number}]"
+            if part.name not in KNOWN:
+                raise ConfigError(f"{where}.name", part.name, "no such data set", nearest(part.name, KNOWN))
+            if not 0 < part.weight < math.inf:
+                problem = "must be above 0: 1 takes the whole set once"
+                raise ConfigError(f"{where}.weight", part.weight, problem, "a positive number, or leave the set out")
+            if part.held_out is not None and part.held_out < 1:
+                raise ConfigError(f"{where}.held_out", part.held_out, "must be at least 1", f"{where}.held_out=1")
+            _check_records(cfg, where, part.name, part.path, part.transform)
+    else:
+        _check_records(cfg, "data", data.name, data.path, data.transform)
+
+
+def _check_records(cfg: Config, where: str, name: str, path: str | None, transform: str | None) -> None:
+    """Refuse one data set that is not to be found, not to be read, or that the stage cannot train on."""
+    known, view = KNOWN[name], STAGE_VIEWS.get(cfg.stage)
+    if known.transform is None and (transform is not None or path is not None):
+        key, value = ("transform", transform) if transform is not None else ("path", path)
+        problem = f"{name} is generated: there is nothing to read"
+        raise ConfigError(f"{where}.{key}", value, problem, f"{where}.name=custom, or {where}.{key}=null")
+    if known.transform is not None and known.hub_id is None and path is None:
+        fix = f"{where}.path=<file, folder or hub id>"
+        raise ConfigError(f"{where}.path", None, f"{name} has no records of its own", fix)
+    if transform is not None and transform not in TRANSFORMS and cfg.data.transform_file is None:
+        fix = f"data.transform_file=<the file it is in>, or {nearest(transform, TRANSFORMS)}"
+        raise ConfigError(f"{where}.transform", transform, "no such transform", fix)
+    views = views_of(name, transform)
+    if view is not None and views is not None and view not in views:
+        key, value = ("transform", transform) if transform is not None else ("name", name)
+        fix = f"one that has: {', '.join(having(view))}; for this stage alone, as in {cfg.stage}.data={having(view)[0]}"
+        raise ConfigError(f"{where}.{key}", value, f"has no {VIEWS[view]}, which {cfg.stage} trains on", fix)
 
 
 def _check_length(cfg: Config) -> None:

@@ -51,19 +51,50 @@ class Model:
 
 
 @dataclass
+class Dataset:
+    """One of several data sets that are mixed; what is null is as in `data`, or as the data set has it."""
+
+    name: str = key(MISSING, "what the records are, as in data.name")
+    path: str | None = key(None, "records, as in data.path; null: the data set's own hub id")
+    subset: str | None = key(None, "configuration on the hub; null: the data set's own")
+    split: str | None = key(None, "split, as in data.split")
+    weight: float = key(1.0, "1: the whole set once; 0.3: a seeded 30 % of it; 2.5: twice, and a seeded half")
+    transform: str | None = key(None, "transform of the records, as in data.transform")
+    held_out: int | None = key(None, "records never trained on; null: data.held_out")
+
+
+@dataclass
+class Quality:
+    dedup: str = key("none", "duplicates dropped: none, exact (but for white space) or near (MinHash, slower)")
+    near_threshold: float = key(0.8, "dedup=near: samples are duplicates from this Jaccard similarity on, 0 to 1")
+    min_chars: int | None = key(None, "samples whose answer (or text) is shorter are dropped, characters; null: none")
+    max_chars: int | None = key(None, "samples that are longer as a whole are dropped, characters; null: none")
+    max_per_category: int | None = key(None, "at most so many samples of each category of each data set; null: all")
+
+
+@dataclass
 class Data:
-    name: str = key("arithmetic", "what the records are: arithmetic (generated), gsm8k or hh_rlhf")
-    path: str | None = key(None, "records: file, folder (JSON, JSONL, .gz, CSV, Parquet) or hub id; null: its own hub")
+    name: str = key("arithmetic", "what the records are: a file in conf/data/ (arithmetic is generated)")
+    path: str | None = key(
+        None, "records: file, folder (JSON, JSONL, .gz, CSV, Parquet, .txt) or hub id; null: the data set's own hub id"
+    )
+    subset: str | None = key(None, "configuration on the hub (hh_rlhf: folder); null: the data set's own")
+    split: str | None = key(None, "split, as in train or train[:10%]; null: the data set's own, of local files all")
     eval_path: str | None = key(None, "the same for held-out records; null: held_out records are kept from path")
+    eval_split: str | None = key(None, "split of held-out records; null: the data set's own, or kept from split")
     held_out: int = key(1024, "records or problems never trained on, used by evaluation")
-    max_samples: int | None = key(None, "at most so many training records, after shuffling; null: all")
+    datasets: list[Dataset] = key([], "several data sets mixed, as in [{name: alpaca, weight: 0.5}, {name: gsm8k}]")
+    transform: str | None = key(None, "function that turns a record into samples; null: the data set's own")
+    transform_file: str | None = key(None, "Python file with transforms of your own; frozen with the run")
+    quality: Quality = key(Quality(), "which samples are dropped before training")
+    max_samples: int | None = key(None, "at most so many training samples, after filters, mixing and shuffling")
     num_documents: int = key(25600, "arithmetic: documents for the base stage")
     num_demonstrations: int = key(8000, "arithmetic: demonstrations for sft")
     num_pairs: int = key(2000, "arithmetic: preference pairs for rm, dpo, orpo and kto")
     num_prompts: int = key(4000, "arithmetic: prompts for ppo and grpo")
     worked_fraction: float = key(0.7, "arithmetic: share of base documents with worked columns, 0 to 1")
     system_prompt: str | None = key(None, "system message of conversations that have none; null: none is added")
-    seed: int = key(0, "seed of generation, of the held-out split and of shuffling records")
+    seed: int = key(0, "seed of generation, of the held-out split, of mixing and of shuffling records")
 
 
 @dataclass

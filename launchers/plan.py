@@ -23,6 +23,7 @@ from conf.check import ConfigError, nearest
 from conf.schema import CONFIG_VERSION, PREPARABLE, TEMPLATES, Cluster, Config, Node
 from launchers import graph, slurm
 from launchers.errors import LaunchError
+from launchers.preflight import transforms_of
 from launchers.selection import Selection, sources
 from post_training.run import ledger, manifest
 from post_training.run.directory import RunDirectory
@@ -52,6 +53,13 @@ def _frozen_template(given: str | None) -> str | None:
     return path.read_text(encoding="utf-8")
 
 
+def frozen_transforms(cfg: Config) -> str | None:
+    """Where the run's code holds the user's transforms. The name has the hash of the text: that is what counts."""
+    if cfg.data.transform_file is None:
+        return None
+    return f"functions/{hashlib.sha256(transforms_of(cfg)).hexdigest()[:16]}/{Path(cfg.data.transform_file).name}"
+
+
 def freeze(cfg: Config, name: str, run_name: str, inputs: Mapping[str, Any]) -> Frozen:
     """What is written as a run's config.yaml: plain data, resolved, with absolute paths, and its identity."""
     plain = asdict(cfg)
@@ -62,6 +70,9 @@ def freeze(cfg: Config, name: str, run_name: str, inputs: Mapping[str, Any]) -> 
         for key in keys:
             plain[section][key] = absolute(plain[section][key])
     plain["model"]["chat_template"] = _frozen_template(cfg.model.chat_template)
+    for part in plain["data"]["datasets"]:
+        part["path"] = absolute(part["path"])
+    plain["data"]["transform_file"] = frozen_transforms(cfg)
     frozen: Frozen = {
         "version": CONFIG_VERSION, "name": name, "stage": cfg.stage, "pipeline": run_name, "identity": "",
         "seed": cfg.seed, "offline": cfg.offline,
@@ -372,8 +383,12 @@ def prepare_targets(selection: Selection, name: str) -> dict[str, Any]:
     `lineage`: what the stage's start model brings, from its first ancestor on: the templates that each stage sets.
     Raises ConfigError for a stage that is not there or has nothing to prepare.
     """
-    asked = selection.config(name).prepare.stages
-    able = [other for other, node in selection.stages.items() if node.stage in PREPARABLE]
+    asked, functions = selection.config(name).prepare.stages, selection.config(name).data.transform_file
+    able = [
+        other
+        for other, node in selection.stages.items()
+        if node.stage in PREPARABLE and selection.config(other).data.transform_file in (None, functions)
+    ]  # with transforms of a file that is not in the job's code, a stage prepares for itself
     for other in asked:
         if other not in able:
             raise ConfigError("prepare.stages", other, "no stage whose data can be prepared", nearest(other, able))

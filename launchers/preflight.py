@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import os
 import re
@@ -14,6 +15,7 @@ import yaml
 
 from conf.chat import check as check_template
 from conf.check import ConfigError, nearest, parse_wall_time, tasks_per_node
+from conf.datasets import KNOWN, TRANSFORMS
 from conf.schema import Config
 from launchers import graph, slurm
 from launchers.errors import LaunchError
@@ -59,11 +61,51 @@ def check_paths(cfg: Config) -> None:
         if value is not None:
             _check_source(key, value, cfg.offline)
     check_template("model.chat_template", cfg.model.chat_template, masked=cfg.stage == "sft")
-    if cfg.data.name != "arithmetic" and cfg.data.path is None and cfg.offline:
-        raise ConfigError(
-            "data.path", None, f"{cfg.data.name} would come from its hub, and offline=true asks none",
-            "data.path=<a local file or folder>, or offline=false",
-        )  # fmt: skip
+    parts = {f"data.datasets[{i}]": (part.name, part.path) for i, part in enumerate(cfg.data.datasets)}
+    for key, (name, path) in (parts or {"data": (cfg.data.name, cfg.data.path)}).items():
+        if path is not None and parts:
+            _check_source(f"{key}.path", path, cfg.offline)
+        if KNOWN[name].hub_id is not None and path is None and cfg.offline:
+            raise ConfigError(
+                f"{key}.path", None, f"{name} would come from its hub, and offline=true asks none",
+                f"{key}.path=<a local file or folder>, or offline=false",
+            )  # fmt: skip
+    if cfg.data.transform_file is not None:
+        _check_transforms(cfg)
+
+
+def transforms_of(cfg: Config) -> bytes:
+    """The text of the user's transforms. Raises ConfigError."""
+    try:
+        return Path(str(cfg.data.transform_file)).expanduser().read_bytes()
+    except OSError as error:
+        value, problem = cfg.data.transform_file, error.strerror or str(error)
+        raise ConfigError("data.transform_file", value, problem, "give a file that can be read") from None
+
+
+def _check_transforms(cfg: Config) -> None:
+    """Refuse a transform file that is not there or cannot be parsed, and a transform that is not in it."""
+    value = cfg.data.transform_file
+    wanted = {
+        f"data.datasets[{i}].transform": part.transform for i, part in enumerate(cfg.data.datasets)
+    } or {"data.transform": cfg.data.transform}  # fmt: skip
+    if not any(wanted.values()):
+        raise ConfigError("data.transform_file", value, "none of its transforms is asked for", "data.transform=<name>")
+    try:
+        tree = ast.parse(transforms_of(cfg))
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None)
+        problem = f"is no Python{f': line {line}' if line else ''}: {getattr(error, 'msg', error)}"
+        raise ConfigError("data.transform_file", value, problem, "mend the file") from None
+    decorators = [d for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) for d in node.decorator_list]
+    calls = [d for d in decorators if isinstance(d, ast.Call) and ast.unparse(d.func).split(".")[-1] == "transform"]
+    names = [d.args[0].value if d.args and isinstance(d.args[0], ast.Constant) else None for d in calls]
+    if None in names:  # made at run time: only the job can tell
+        return
+    for key, name in wanted.items():
+        if name is not None and name not in TRANSFORMS and name not in names:
+            fix = nearest(name, [str(n) for n in names]) if names else f'@transform("{name}") above a function'
+            raise ConfigError(key, name, f"{value} has no such transform", fix)
 
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")

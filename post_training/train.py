@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from post_training.distributed import set_rank_environment
 from post_training.run import ledger, life, manifest
-from post_training.run.directory import Fenced, RunDirectory
+from post_training.run.directory import Fenced, RunDirectory, write_atomic
 from post_training.run.history import summarise
 from post_training.run.progress import Progress
 
@@ -34,12 +34,16 @@ if TYPE_CHECKING:
 def train(run: RunDirectory, attempt: int, progress: Progress, watchdog: Watchdog) -> int:
     """Train until done or asked to stop; returns the exit code."""
     from post_training.attempt import AttemptCallback, StopFlag, save_for_inference
+    from post_training.data import reports_as_json
     from post_training.stages.common import finish, open_stage, steps_for_tokens, token_counts
     from post_training.tracking import callbacks
 
     stop_flag = StopFlag()
     stage = open_stage(run)
     trainer: Trainer = importlib.import_module(f"post_training.stages.{stage.cfg.stage}").build_trainer(stage)
+    if (report := reports_as_json()) is not None and trainer.is_world_process_zero():
+        with run.writing_as(attempt):
+            write_atomic(run.data_report, report)
     trainer.args.output_dir = str(run.staging(attempt))  # from there each checkpoint is renamed once it is whole
     follower = AttemptCallback(run, attempt, stage.cfg.checkpointing, stop_flag, progress, watchdog)
     follower.trainer = trainer

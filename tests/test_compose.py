@@ -100,10 +100,10 @@ def test_node_overrides_are_below_the_command_line() -> None:
 
 
 def test_group_choice_for_one_stage() -> None:
-    tokens = ("data.path=/etc/hostname", "rm.data=hh_rlhf")
+    tokens = ("rm.data.path=/etc/hostname", "rm.data=hh_rlhf")
     assert config("rm", *tokens).data.name == "hh_rlhf"
     assert config("sft", *tokens).data.name == "arithmetic"
-    tokens = ("data=gsm8k", "data.path=/etc/hostname", "rm.data=hh_rlhf", "rm.data.held_out=7")
+    tokens = ("data=gsm8k", "data.path=/etc/hostname", "rm.data=hh_rlhf", "rm.data.held_out=7", "dpo.data=hh_rlhf")
     assert (config("rm", *tokens).data.name, config("rm", *tokens).data.held_out) == ("hh_rlhf", 7)
     assert config("sft", *tokens).data.name == "gsm8k"
 

@@ -56,7 +56,8 @@ def handlers() -> Any:
     [
         ("training.max_steps=2",),
         ("training.max_steps=2", "data.system_prompt=Hi", "model.chat_template=chatml", "sft.packing=true",
-         "dpo.model.chat_template=llama3", "sft.random_templates=[tulu3]", "training.max_length=512", "rm.training.max_length=300"),
+         "dpo.model.chat_template=llama3", "sft.random_templates=[tulu3]",
+         "model.max_position_embeddings=512", "training.max_length=512", "rm.training.max_length=300"),
     ],
     ids=["plain", "with everything"],
 )  # fmt: skip
