@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 
 from conf.datasets import KNOWN, STAGE_VIEWS, TRANSFORMS, VIEWS, having, views_of
-from conf.schema import LENGTHS, TECHNIQUES, Config
+from conf.schema import LENGTHS, TECHNIQUES, TEMPLATES, Config
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16", "float16"),
@@ -133,10 +133,15 @@ def check_run(cfg: Config) -> None:
     _check_slurm(cfg)
     _check_model(cfg)
     _check_data(cfg)
-    if cfg.stage != "eval":
+    if cfg.stage not in ("eval", "prepare"):
         _check_length(cfg)
         _check_batch(cfg)
         _check_parallel(cfg)
+    if cfg.stage == "sft":
+        for name in cfg.sft.random_templates:
+            if name not in TEMPLATES:
+                problem = f"must be some of {', '.join(TEMPLATES)}"
+                raise ConfigError("sft.random_templates", name, problem, nearest(name, TEMPLATES))
     if cfg.stage == "ppo":
         reward = cfg.ppo.reward
         if not (reward.correct or reward.format or reward.random or cfg.ppo.reward_model_weight):

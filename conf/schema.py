@@ -36,7 +36,10 @@ class Model:
     dtype: str = key("bfloat16", "dtype of the weights while training: float32, bfloat16 or float16")
     attn_implementation: str = key("sdpa", "attention kernel: sdpa, eager, flash_attention_2, ...")
     tokenizer: str = key("bytes", "'bytes' (no file needed), or hub id or folder; a pretrained model brings its own")
-    chat_template: str | None = key("think_answer", "'think_answer', a Jinja file's path, or null: the tokenizer's own")
+    chat_template: str | None = key(
+        None,
+        "think_answer, chatml, llama3, qwen3, tulu3, alpaca, or a Jinja file; null: the tokenizer's own, if any",
+    )
     hidden_size: int = key(128, "from scratch: width of the residual stream")
     intermediate_size: int = key(512, "from scratch: width of the MLP")
     num_layers: int = key(2, "from scratch: number of decoder layers")
@@ -90,6 +93,7 @@ class Data:
     num_pairs: int = key(2000, "arithmetic: preference pairs for rm, dpo, orpo and kto")
     num_prompts: int = key(4000, "arithmetic: prompts for ppo and grpo")
     worked_fraction: float = key(0.7, "arithmetic: share of base documents with worked columns, 0 to 1")
+    system_prompt: str | None = key(None, "system message of conversations that have none; null: none is added")
     seed: int = key(0, "seed of generation, of the held-out split, of mixing and of shuffling records")
 
 
@@ -191,6 +195,7 @@ class Base:
 class Sft:
     lr: float = key(2e-5, "peak learning rate")
     packing: bool = key(False, "several samples in one row (best-fit decreasing); needs flash_attention_2")
+    random_templates: list[str] = key([], "formats drawn per sample beside model.chat_template, as in [chatml,alpaca]")
 
 
 @dataclass
@@ -262,6 +267,13 @@ class Eval:
     num_problems: int = key(512, "held-out problems or records scored")
 
 
+@dataclass
+class Prepare:
+    stages: list[str] = key([], "stages of the pipeline whose data is prepared; []: all of base, sft, rm and dpo")
+    num_proc: int | None = key(None, "processes that tokenise; null: as many as the job has CPU cores")
+    targets: dict[str, Any] = key({}, "what those stages' data depends on; filled in at submission")
+
+
 # ---------------------------------------------------------------------------------------------- graph
 
 
@@ -312,11 +324,18 @@ class Config:
     kto: Kto = key(Kto(), "kto stage: Kahneman-Tversky optimisation, single answers marked good or bad")
     grpo: Grpo = key(Grpo(), "grpo stage")
     eval: Eval = key(Eval(), "eval stage: held-out judgement of one model")
+    prepare: Prepare = key(Prepare(), "prepare stage: data tokenised and packed before its stages start, on CPUs")
     pipeline: Pipeline = key(Pipeline(), "the graph of stages")
     stages: dict[str, Any] = key({}, "what `<stage>.<key>=...` on the command line sets for one stage alone")
 
 
-TECHNIQUES = ("base", "sft", "rm", "ppo", "dpo", "orpo", "kto", "grpo", "eval")
+TECHNIQUES = ("base", "sft", "rm", "ppo", "dpo", "orpo", "kto", "grpo", "eval", "prepare")
 """Stages with a section of their own in the config, and a file in post_training/stages/."""
+
+TEMPLATES = ("think_answer", "chatml", "llama3", "qwen3", "tulu3", "alpaca")
+"""Chat templates that have a name; their texts are in post_training/data/templates.py."""
+
+PREPARABLE = ("base", "sft", "rm", "dpo")
+"""Techniques whose data can be prepared before they start."""
 
 LENGTHS = ("max_steps", "num_training_samples", "num_training_tokens", "num_train_epochs")

@@ -39,6 +39,9 @@ def check(stages: Mapping[str, Node]) -> None:
                     raise ConfigError(
                         f"{key}.{role}", other, "no such stage in this pipeline", nearest(other, set(stages) - {name})
                     )
+                if role != "after" and stages[other].stage == "prepare":
+                    problem = "prepares data and has no model"
+                    raise ConfigError(f"{key}.{role}", other, problem, f"{key}.after=[{other}]")
     try:
         order(stages)
     except graphlib.CycleError as error:

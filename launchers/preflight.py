@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from conf.chat import check as check_template
 from conf.check import ConfigError, nearest, parse_wall_time, tasks_per_node
 from conf.datasets import KNOWN, TRANSFORMS
 from conf.schema import Config
@@ -59,11 +60,7 @@ def check_paths(cfg: Config) -> None:
     for key, value in sources.items():
         if value is not None:
             _check_source(key, value, cfg.offline)
-    template = cfg.model.chat_template
-    if template not in (None, "think_answer") and not Path(str(template)).expanduser().is_file():
-        raise ConfigError(
-            "model.chat_template", template, "no such file", "think_answer, null, or a path to a Jinja file"
-        )
+    check_template("model.chat_template", cfg.model.chat_template, masked=cfg.stage == "sft")
     parts = {f"data.datasets[{i}]": (part.name, part.path) for i, part in enumerate(cfg.data.datasets)}
     for key, (name, path) in (parts or {"data": (cfg.data.name, cfg.data.path)}).items():
         if path is not None and parts:

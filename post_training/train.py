@@ -133,6 +133,10 @@ def run_attempt(run: RunDirectory, attempt: int) -> int:
             from post_training.stages.eval import evaluate
 
             return evaluate(run, attempt, progress, watchdog)
+        if config["stage"] == "prepare":
+            from post_training.stages.prepare import prepare
+
+            return prepare(run, attempt, progress, watchdog)
         return train(run, attempt, progress, watchdog)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -23,7 +23,8 @@ from post_training.data import arithmetic
 from post_training.data.arithmetic import Arithmetic, work
 from post_training.data.records import Place
 from post_training.data.source import DataError, Source
-from post_training.data.tokenizer import ASSISTANT, END, PAD, SYSTEM, TAGS, USER, bytes_tokenizer, load_tokenizer
+from post_training.data.templates import ASSISTANT, END, SYSTEM, TAGS, USER
+from post_training.data.tokenizer import PAD, bytes_tokenizer, load_tokenizer
 from post_training.rewards.verify import has_format, is_correct, number, parse_answer
 from tests.training import real_data
 

@@ -5,21 +5,28 @@ from __future__ import annotations
 from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
-from post_training import data
+from conf.schema import Config
+from post_training.data.prepared import Preparation, Prepared, train_rows
 from post_training.stages.common import Stage, build_model, load_causal_lm, trainer_arguments
 from post_training.stages.exact import ExactResume
 
 
-class BaseTrainer(ExactResume, SFTTrainer):
+class BaseTrainer(ExactResume, Prepared, SFTTrainer):
     """TRL's SFTTrainer, resumed exactly."""
+
+
+def preparation(cfg: Config) -> Preparation:
+    """One document a row, with the end token behind it."""
+    arguments = {"dataset_text_field": "text", "max_length": cfg.training.max_length}
+    return Preparation("documents", SFTTrainer, SFTConfig, arguments)
 
 
 def build_trainer(stage: Stage) -> Trainer:
     """Training on plain text: every token is trained, the end of the document included."""
     cfg = stage.cfg
-    args = SFTConfig(
-        **trainer_arguments(stage, cfg.base.lr), dataset_text_field="text", max_length=cfg.training.max_length
-    )
+    how = preparation(cfg)
+    args = SFTConfig(**trainer_arguments(stage, cfg.base.lr), **how.arguments)
+    rows = train_rows(cfg, stage.tokenizer, how, args, stage.output_base)
     model = (
         load_causal_lm(cfg, stage.model_path, stage.tokenizer)
         if stage.model_path
@@ -28,6 +35,6 @@ def build_trainer(stage: Stage) -> Trainer:
     return BaseTrainer(
         model=model,
         args=args,
-        train_dataset=data.load(cfg.data).documents("train"),
+        train_dataset=rows,
         processing_class=stage.tokenizer,
     )

@@ -33,6 +33,11 @@ class Stage:
     reference_path: str | None  # frozen reference; None: the start model
     reward_model_path: str | None
 
+    @property
+    def output_base(self) -> Path:
+        """The folder of all pipelines, where prepared data is kept."""
+        return self.run.root.parent.parent
+
 
 NOT_IN_SCHEMA = ("version", "name", "identity", "inputs", "pipeline")
 """Keys of a frozen config that say what the run is, beside the Config that it was made from."""
@@ -51,7 +56,7 @@ def open_stage(run: RunDirectory) -> Stage:
     frozen = run.read_config()
     cfg = load_config(frozen)
     paths = {name: (source or {}).get("path") for name, source in frozen["inputs"].items()}
-    tokenizer = load_tokenizer(cfg.model, paths["model"])
+    tokenizer = load_tokenizer(cfg.model, paths["model"], cfg.data.system_prompt)
     return Stage(cfg, run, tokenizer, paths["model"], paths["reference"], paths["reward_model"])
 
 
