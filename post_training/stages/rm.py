@@ -6,6 +6,7 @@ from transformers import Trainer
 from trl import RewardConfig, RewardTrainer
 
 from post_training import data
+from post_training.adapters import lora_config
 from post_training.stages.common import Stage, load_reward_model, trainer_arguments, without_dropout
 from post_training.stages.exact import ExactResume
 
@@ -23,9 +24,11 @@ def build_trainer(stage: Stage) -> Trainer:
         center_rewards_coefficient=cfg.rm.center_rewards_coefficient,
         max_length=cfg.training.max_length,
     )
+    model = without_dropout(load_reward_model(cfg, stage.model_path, stage.tokenizer, trained=True))
     return RmTrainer(
-        model=without_dropout(load_reward_model(cfg, stage.model_path, stage.tokenizer)),
+        model=model,
         args=args,
         train_dataset=data.load(cfg.data).preferences("train"),
         processing_class=stage.tokenizer,
+        peft_config=lora_config(stage, model, "SEQ_CLS"),
     )
