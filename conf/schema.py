@@ -57,7 +57,7 @@ class Data:
     num_documents: int = key(25600, "arithmetic: documents for the base stage")
     num_demonstrations: int = key(8000, "arithmetic: demonstrations for sft")
     num_pairs: int = key(2000, "arithmetic: preference pairs for rm, dpo, orpo and kto")
-    num_prompts: int = key(4000, "arithmetic: prompts for ppo and grpo")
+    num_prompts: int = key(4000, "arithmetic: prompts for ppo, grpo and rloo")
     worked_fraction: float = key(0.7, "arithmetic: share of base documents with worked columns, 0 to 1")
     seed: int = key(0, "seed of generation, of the held-out split and of shuffling records")
 
@@ -65,10 +65,10 @@ class Data:
 @dataclass
 class Training:
     max_steps: int | None = key(None, "length in optimizer steps (exactly one of the four lengths is given)")
-    num_training_samples: int | None = key(None, "length in samples (prompts for ppo and grpo)")
-    num_training_tokens: int | None = key(None, "length in tokens of the prepared records; not for ppo and grpo")
+    num_training_samples: int | None = key(None, "length in samples (prompts for ppo, grpo and rloo)")
+    num_training_tokens: int | None = key(None, "length in tokens of the prepared records; not for ppo, grpo and rloo")
     num_train_epochs: float | None = key(None, "length in passes over the data")
-    effective_batch_size: int = key(64, "samples per optimizer step over all ranks (completions for ppo and grpo)")
+    effective_batch_size: int = key(64, "samples per optimizer step over all ranks (ppo, grpo, rloo: completions)")
     per_device_train_batch_size: int = key(8, "samples per forward pass on one rank; accumulation is derived")
     max_length: int = key(1024, "longest training sequence, tokens; longer ones are cut")
     lr_scheduler: str = key("cosine", "learning-rate schedule: cosine, linear, constant or constant_with_warmup")
@@ -169,10 +169,21 @@ class Rm:
 
 
 @dataclass
+class RewardFunction:
+    """A Python function of the user's own, f(prompts, completions, **columns) -> one number or None each."""
+
+    path: str = key(MISSING, "a file and a function in it, as in rewards.py:brief; the file is frozen with the run")
+    weight: float = key(1.0, "weight of what it returns; 0: not called")
+    sha256: str | None = key(None, "of the file; filled in at submission")
+
+
+@dataclass
 class Reward:
-    correct: float = key(1.0, "weight of the verifier: 1 for the right answer, else 0")
+    correct: float = key(1.0, "weight of the verifier: 1 for the right number, else 0")
     format: float = key(0.1, "weight of the format check: 1 for <think>...</think><answer>...</answer>, else 0")
     random: float = key(0.0, "weight of a coin flip per completion: a control that must not teach anything")
+    math_verify: float = key(0.0, "weight of the verifier for formulas: 1 where math-verify finds them equal, else 0")
+    functions: list[RewardFunction] = key([], "functions of your own, as in [{path: 'rewards.py:brief', weight: 0.2}]")
 
 
 @dataclass
@@ -215,13 +226,34 @@ class Kto:
 class Grpo:
     lr: float = key(1e-6, "peak learning rate")
     reward: Reward = key(Reward(), "weights of the verifiable rewards")
-    num_generations: int = key(8, "completions per prompt; must divide effective_batch_size")
+    num_generations: int = key(8, "completions per prompt, 2 or more; must divide effective_batch_size")
     num_iterations: int = key(1, "passes over each generation")
     steps_per_generation: int | None = key(None, "forward passes that one generation serves; null: one optimizer step")
-    beta: float = key(0.0, "weight of the KL to the reference; 0: no reference is loaded")
+    beta: float = key(0.0, "weight of the KL to the reference (k3, per token); 0: no reference is loaded")
     temperature: float = key(1.0, "sampling temperature")
     max_completion_length: int = key(256, "longest completion, tokens")
-    loss_type: str = key("dapo", "loss of TRL's GRPOTrainer: grpo, dr_grpo, dapo, bnpo, ...")
+    loss_type: str = key("dapo", "TRL's loss: grpo, dr_grpo, dapo, bnpo, cispo, sapo, luspo or vespo")
+    epsilon: float = key(0.2, "the policy ratio is clipped below at 1 - this")
+    epsilon_high: float | None = key(None, "the policy ratio is clipped above at 1 + this (DAPO: 0.28); null: epsilon")
+    scale_rewards: str = key("group", "advantages are divided by the deviation of: group, batch or none (Dr. GRPO)")
+    importance_sampling_level: str = key("token", "the policy ratio is of each token, or of the sequence (GSPO)")
+    mask_truncated_completions: bool = key(False, "completions that were cut off are left out of the loss (DAPO)")
+
+
+@dataclass
+class Rloo:
+    lr: float = key(1e-6, "peak learning rate")
+    reward: Reward = key(Reward(), "weights of the verifiable rewards")
+    num_generations: int = key(8, "completions per prompt, 2 or more; must divide effective_batch_size")
+    num_iterations: int = key(1, "passes over each generation")
+    steps_per_generation: int | None = key(None, "forward passes that one generation serves; null: one optimizer step")
+    beta: float = key(0.05, "weight of the KL to the reference (k1, taken off the reward); 0: no reference is loaded")
+    temperature: float = key(1.0, "sampling temperature")
+    max_completion_length: int = key(256, "longest completion, tokens")
+    epsilon: float = key(0.2, "the policy ratio is clipped below at 1 - this")
+    epsilon_high: float | None = key(None, "the policy ratio is clipped above at 1 + this; null: epsilon")
+    normalize_advantages: bool = key(False, "advantages of each generation are scaled to mean 0 and deviation 1")
+    mask_truncated_completions: bool = key(False, "completions that were cut off are left out of the loss")
 
 
 @dataclass
@@ -280,12 +312,13 @@ class Config:
     orpo: Orpo = key(Orpo(), "orpo stage: odds-ratio preference optimisation, no reference")
     kto: Kto = key(Kto(), "kto stage: Kahneman-Tversky optimisation, single answers marked good or bad")
     grpo: Grpo = key(Grpo(), "grpo stage")
+    rloo: Rloo = key(Rloo(), "rloo stage: REINFORCE with the other completions' mean reward as the baseline")
     eval: Eval = key(Eval(), "eval stage: held-out judgement of one model")
     pipeline: Pipeline = key(Pipeline(), "the graph of stages")
     stages: dict[str, Any] = key({}, "what `<stage>.<key>=...` on the command line sets for one stage alone")
 
 
-TECHNIQUES = ("base", "sft", "rm", "ppo", "dpo", "orpo", "kto", "grpo", "eval")
+TECHNIQUES = ("base", "sft", "rm", "ppo", "dpo", "orpo", "kto", "grpo", "rloo", "eval")
 """Stages with a section of their own in the config, and a file in post_training/stages/."""
 
 LENGTHS = ("max_steps", "num_training_samples", "num_training_tokens", "num_train_epochs")

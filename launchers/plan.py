@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from conf.check import ConfigError
+from conf.check import ConfigError, split_function
 from conf.schema import CONFIG_VERSION, Cluster, Config, Node
 from launchers import graph, slurm
 from launchers.errors import LaunchError
@@ -52,6 +52,16 @@ def freeze(cfg: Config, name: str, run_name: str, inputs: Mapping[str, Any]) -> 
     }.items():
         for key in keys:
             plain[section][key] = absolute(plain[section][key])
+    for function in plain[cfg.stage].get("reward", {}).get("functions", []):
+        written = split_function(function["path"])
+        file = Path(written[0]).expanduser()
+        try:
+            function["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        except OSError as error:
+            raise ConfigError(
+                f"{cfg.stage}.reward.functions", function["path"], error.strerror or str(error), "mend the path"
+            ) from None
+        function["path"] = f"{file.name}:{written[1]}"  # what it says counts, not where it is
     frozen: Frozen = {
         "version": CONFIG_VERSION, "name": name, "stage": cfg.stage, "pipeline": run_name, "identity": "",
         "seed": cfg.seed, "offline": cfg.offline,

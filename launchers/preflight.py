@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import os
 import re
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from conf.check import ConfigError, nearest, parse_wall_time, tasks_per_node
+from conf.check import SAMPLING, ConfigError, nearest, parse_wall_time, split_function, tasks_per_node
 from conf.schema import Config
 from launchers import graph, slurm
 from launchers.errors import LaunchError
@@ -62,11 +63,30 @@ def check_paths(cfg: Config) -> None:
         raise ConfigError(
             "model.chat_template", template, "no such file", "think_answer, null, or a path to a Jinja file"
         )
+    if cfg.stage in SAMPLING:
+        for function in getattr(cfg, cfg.stage).reward.functions:
+            _check_function(f"{cfg.stage}.reward.functions", function.path)
     if cfg.data.name != "arithmetic" and cfg.data.path is None and cfg.offline:
         raise ConfigError(
             "data.path", None, f"{cfg.data.name} would come from its hub, and offline=true asks none",
             "data.path=<a local file or folder>, or offline=false",
         )  # fmt: skip
+
+
+def _check_function(key: str, path: str) -> None:
+    """Refuse a Python file that is not there or cannot be parsed, and a function that it does not define."""
+    file, name = split_function(path)
+    try:
+        tree = ast.parse(Path(file).expanduser().read_bytes())
+    except OSError as error:
+        raise ConfigError(key, path, error.strerror or str(error), "give a file that can be read") from None
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None)
+        problem = f"is no Python{f': line {line}' if line else ''}: {getattr(error, 'msg', error)}"
+        raise ConfigError(key, path, problem, "mend the file") from None
+    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    if name not in functions:
+        raise ConfigError(key, path, f"{file} defines no function {name}", nearest(name, functions))
 
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")

@@ -54,6 +54,7 @@ ROWS = (
         sampled=True),
     Row("grpo, two steps a generation", "grpo", ("data.num_prompts=8", "grpo.steps_per_generation={twice}"),
         sampled=True),
+    Row("rloo", "rloo", ("data.num_prompts=6",), sampled=True),
 )  # fmt: skip
 
 COLUMNS = {

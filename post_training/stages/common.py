@@ -149,8 +149,8 @@ def trainer_arguments(stage: Stage, lr: float) -> dict[str, Any]:
     if training.max_steps is not None:
         length["max_steps"] = training.max_steps
     elif training.num_training_samples is not None:
-        # grpo asks each prompt several times: its batch counts completions, its length prompts
-        samples_per_step = training.effective_batch_size // (cfg.grpo.num_generations if cfg.stage == "grpo" else 1)
+        # grpo and rloo ask each prompt several times: their batch counts completions, their length prompts
+        samples_per_step = training.effective_batch_size // getattr(getattr(cfg, cfg.stage), "num_generations", 1)
         length["max_steps"] = -(-training.num_training_samples // samples_per_step)
     elif training.num_train_epochs is not None:
         length["num_train_epochs"] = training.num_train_epochs

@@ -734,7 +734,7 @@ class PPOTrainer(ExactResume):
             for name, weight, func in zip(
                 self.reward_names, self.reward_weights, self.reward_funcs, strict=True
             ):
-                values = func(prompts=prompts, completions=completions, **columns)
+                values = func(prompts=prompts, completions=completions, completion_ids=ids, **columns)
                 if len(values) != len(rows):
                     raise ValueError(
                         f"reward function {name} gave {len(values)} rewards for {len(rows)} completions"
@@ -868,7 +868,7 @@ def build_trainer(stage: Stage) -> Trainer:
     """PPO from a run's config: verifiable rewards, a reward model's score, or both, each with its weight."""
     cfg, tokenizer = stage.cfg, stage.tokenizer
     assert stage.model_path is not None
-    functions, weights = reward_functions(cfg.ppo.reward)
+    functions, weights = reward_functions(cfg.ppo.reward, stage.run)
     args = PPOArguments(
         **trainer_arguments(stage, cfg.ppo.lr),
         max_completion_length=cfg.ppo.max_completion_length,
