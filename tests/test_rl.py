@@ -58,6 +58,14 @@ def start(folder: Path) -> Path:
     return run.model
 
 
+@pytest.fixture(scope="module")
+def scorer(folder: Path, start: Path) -> Path:
+    """A reward model."""
+    run = make_run(folder, "rm", "training.max_steps=4", "rm.lr=1e-2", name="scorer", model=start)
+    assert train.run_attempt(run, 1) == 0
+    return run.model
+
+
 def trainer_of(run: RunDirectory) -> Trainer:
     stage = common.open_stage(run)
     return importlib.import_module(f"post_training.stages.{stage.cfg.stage}").build_trainer(stage)
@@ -213,3 +221,39 @@ def test_a_function_of_ones_own_teaches_and_a_bad_one_ends_the_run(
     assert "Traceback" not in said
     assert "reward function bad.py:f: gave nan" in run.error(1).read_text()
     assert not run.model.exists() and not list(run.root.glob("model.partial*"))
+
+
+# ------------------------------------------------------------------------------------------------------ ppo
+
+SETTINGS = {
+    "value_init": "rm", "kl_coef": 0.3, "kl_estimator": "k3", "adaptive_kl": True, "kl_target": 2.0, "kl_horizon": 50,
+    "value_clip_range": 0.1, "whiten_advantages": False, "whiten_rewards": True, "reward_clip": 0.9,
+    "missing_eos_penalty": 0.25, "entropy_coef": 0.01,
+}  # fmt: skip
+FIGURES = ("reward", "kl", "kl_coef", "clip_fraction", "value_loss", "explained_variance", "entropy",
+           "completion_length", "score_rm", "rewards/random")  # fmt: skip
+
+
+def test_ppo_takes_its_settings_and_logs_its_figures(tmp_path: Path, start: Path, scorer: Path) -> None:
+    overrides = [f"ppo.{k}={v}" for k, v in SETTINGS.items()]
+    run = make_run(
+        tmp_path, "ppo", *SHORT, *overrides, "ppo.reward_model_weight=0.5", model=start, reward_model=scorer
+    )
+    trainer = trainer_of(run)
+    assert {k: getattr(trainer.args, k) for k in SETTINGS if k != "value_init"} == {
+        k: v for k, v in SETTINGS.items() if k != "value_init"
+    }
+    assert torch.equal(trainer.model.value_head.weight, trainer.reward_model.score.weight)
+    assert train.run_attempt(run, 1) == 0
+    for line in logged(run):
+        assert set(FIGURES) <= set(line) and all(math.isfinite(line[name]) for name in FIGURES)
+        assert -0.9 - 0.25 <= line["reward"] <= 0.9, "clipped, and less for those that were cut off"
+    assert logged(run)[1]["kl_coef"] != logged(run)[0]["kl_coef"], "it adapts"
+
+
+def test_the_reward_model_may_lend_its_head_alone(tmp_path: Path, start: Path, scorer: Path) -> None:
+    run = make_run(tmp_path, "ppo", *SHORT, "ppo.value_init=rm", model=start, reward_model=scorer)
+    trainer = trainer_of(run)
+    assert trainer.model.value_head.weight.abs().sum() > 0 and trainer.reward_model is None
+    plain = trainer_of(make_run(tmp_path, "ppo", *SHORT, name="plain", model=start))
+    assert plain.model.value_head.weight.abs().sum() == 0
