@@ -16,6 +16,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "parallel.strategy": ("ddp", "zero2", "zero3"),
     "data.name": ("arithmetic", "gsm8k", "hh_rlhf"),
     "cluster.scheduler": ("slurm", "local", "auto"),
+    "kto.loss_type": ("kto", "apo_zero_unpaired"),
     "ppo.value_init": ("policy", "rm"),
     "ppo.kl_estimator": ("k1", "k3"),
     "grpo.loss_type": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
@@ -145,6 +146,44 @@ def check_run(cfg: Config) -> None:
         _check_parallel(cfg)
     if cfg.stage in SAMPLING:
         _check_reward(cfg)
+    if cfg.stage == "dpo":
+        _check_dpo(cfg)
+
+
+DPO_LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+"""What TRL's DPOTrainer knows."""
+
+
+def dpo_losses(cfg: Config) -> list[str]:
+    """The losses of `dpo.loss_type`, which is one or a list."""
+    given = cfg.dpo.loss_type
+    return list(given) if isinstance(given, list | tuple) else [given]
+
+
+def _check_dpo(cfg: Config) -> None:
+    dpo, losses = cfg.dpo, dpo_losses(cfg)
+    for loss in losses:
+        if loss not in DPO_LOSSES:
+            raise ConfigError("dpo.loss_type", loss, "no such loss", nearest(str(loss), DPO_LOSSES))
+    if not losses or losses == ["sft"]:
+        fix = "stage=sft for answers alone, or dpo.loss_type=[sigmoid,sft]"
+        raise ConfigError("dpo.loss_type", ",".join(losses) or "[]", "compares no answers", fix)
+    if dpo.loss_weights is not None and len(dpo.loss_weights) != len(losses):
+        problem, fix = f"there are {len(losses)} losses", f"dpo.loss_weights=[{','.join(['1'] * len(losses))}]"
+        raise ConfigError("dpo.loss_weights", dpo.loss_weights, problem, fix)
+    smoothing = dpo.label_smoothing
+    if not 0 <= smoothing < 0.5:
+        problem = "must be at least 0 and below 0.5"
+        raise ConfigError("dpo.label_smoothing", smoothing, problem, "dpo.label_smoothing=0.1")
+    if smoothing and not {"robust", "exo_pair"} & set(losses):
+        fix = "dpo.loss_type=robust, or dpo.label_smoothing=0"
+        raise ConfigError("dpo.label_smoothing", smoothing, f"the loss {','.join(losses)} has no smoothing", fix)
+    if not smoothing and "exo_pair" in losses:
+        problem = "the loss exo_pair takes its logarithm"
+        raise ConfigError("dpo.label_smoothing", smoothing, problem, "dpo.label_smoothing=1e-3")
 
 
 SAMPLING = ("ppo", "grpo", "rloo")

@@ -216,7 +216,10 @@ class Ppo:
 class Dpo:
     lr: float = key(1e-6, "peak learning rate")
     beta: float = key(0.1, "strength of the pull to the reference")
-    loss_type: str = key("sigmoid", "loss of TRL's DPOTrainer: sigmoid, ipo, hinge, robust, ...")
+    loss_type: Any = key("sigmoid", "TRL's loss: sigmoid, ipo, hinge, robust, ...; or a list, as in [sigmoid,sft]")
+    loss_weights: list[float] | None = key(None, "weight of each loss of a list; null: 1 each")
+    label_smoothing: float = key(0.0, "robust: share of wrong labels, 0 up to 0.5; exo_pair: smoothing, above 0")
+    precompute_ref_log_probs: bool = key(False, "the reference is asked once, before training, and not kept in memory")
 
 
 @dataclass
@@ -231,6 +234,8 @@ class Kto:
     beta: float = key(0.1, "strength of the pull to the reference")
     desirable_weight: float = key(1.0, "weight of the losses of good answers")
     undesirable_weight: float = key(1.0, "weight of the losses of bad answers")
+    loss_type: str = key("kto", "TRL's loss: kto, or apo_zero_unpaired (no KL term)")
+    precompute_ref_log_probs: bool = key(False, "the reference is asked once, before training, and not kept in memory")
 
 
 @dataclass

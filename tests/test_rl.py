@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 import math
 import signal
 from collections.abc import Iterator
@@ -257,3 +258,115 @@ def test_the_reward_model_may_lend_its_head_alone(tmp_path: Path, start: Path, s
     assert trainer.model.value_head.weight.abs().sum() > 0 and trainer.reward_model is None
     plain = trainer_of(make_run(tmp_path, "ppo", *SHORT, name="plain", model=start))
     assert plain.model.value_head.weight.abs().sum() == 0
+
+
+# ------------------------------------------------------------------------------ dpo, kto, orpo, rm: preferences
+
+
+@pytest.mark.parametrize(
+    ("overrides", "first"),
+    [
+        # the policy is its own reference at first, so that all margins are 0
+        (["dpo.loss_type=ipo", "dpo.beta=0.2"], (1 / (2 * 0.2)) ** 2),
+        (["dpo.loss_type=[robust]", "dpo.label_smoothing=0.2"], math.log(2)),
+        (["dpo.loss_type=[sigmoid,hinge]", "dpo.loss_weights=[0.5,3.0]"], 0.5 * math.log(2) + 3),
+        (["dpo.precompute_ref_log_probs=true"], math.log(2)),
+    ],
+)
+def test_dpo_trains_on_the_losses_that_it_is_told(
+    tmp_path: Path, start: Path, overrides: list[str], first: float
+) -> None:
+    run = make_run(tmp_path, "dpo", *SHORT, *overrides, model=start)
+    assert train.run_attempt(run, 1) == 0
+    assert logged(run)[0]["loss"] == pytest.approx(first, rel=1e-4)
+    assert {"rewards/accuracies", "rewards/margins"} <= set(logged(run)[0])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["dpo.loss_type=sigmod"], "dpo.loss_type"),
+        (["dpo.loss_type=[sigmoid,nll]"], "dpo.loss_type"),
+        (["dpo.loss_type=[]"], "dpo.loss_type"),
+        (["dpo.loss_type=sft"], "dpo.loss_type"),
+        (["dpo.loss_type=[sigmoid,sft]", "dpo.loss_weights=[1.0]"], "dpo.loss_weights"),
+        (["dpo.label_smoothing=0.1"], "dpo.label_smoothing"),
+        (["dpo.loss_type=robust", "dpo.label_smoothing=0.5"], "dpo.label_smoothing"),
+        (["dpo.loss_type=exo_pair"], "dpo.label_smoothing"),
+    ],
+)
+def test_dpo_losses_that_cannot_be_are_refused_at_submission(overrides: list[str], key: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        select(["cluster=local", "stage=dpo", "pipeline=dpo", *overrides], only_one=True)
+    assert error.value.key == key and error.value.fix
+
+
+def log_prob(model: Any, tokenizer: Any, prompt: list[Any], answer: list[Any]) -> torch.Tensor:
+    """Sum of the log-probabilities of an answer's tokens, its closing mark with them. Written out."""
+    whole = tokenizer.apply_chat_template(prompt + answer, tokenize=True, return_dict=False)
+    asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
+    ids = torch.tensor([whole])
+    logprobs = model(ids).logits.log_softmax(-1)[0, :-1]
+    return logprobs.gather(1, ids[0, 1:, None])[len(asked) - 1 :].sum()
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides"),
+    [("dpo", []), ("dpo", ["dpo.precompute_ref_log_probs=true"]), ("kto", ["kto.precompute_ref_log_probs=true"]),
+     ("kto", []), ("orpo", []), ("rm", [])],
+)  # fmt: skip
+def test_held_out_pairs_are_judged_at_the_end(
+    tmp_path: Path, start: Path, stage: str, overrides: list[str]
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from post_training import data
+
+    run = make_run(
+        tmp_path, stage, *overrides, "training.max_steps=6", f"{stage}.lr=1e-2", "eval.num_problems=10", model=start
+    )
+    assert train.run_attempt(run, 1) == 0
+    figures = json.loads(run.held_out.read_text())
+    (line,) = [line for line in metrics(run) if "eval_loss" in line]
+    assert line["step"] == 6 and line["eval_loss"] == figures["loss"]
+    if stage in ("rm", "orpo"):
+        prefix = "" if stage == "rm" else "rewards/"
+        accuracy, margin = ("accuracy", "margin") if stage == "rm" else ("accuracies", "margins")
+        assert figures["rows"] == 8 and 0 <= figures[prefix + accuracy] <= 1 and math.isfinite(figures[prefix + margin])
+        return
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    trained, before = (AutoModelForCausalLM.from_pretrained(path) for path in (run.model, start))
+    margins = []
+    with torch.no_grad():
+        for pair in data.load(common.open_stage(run).cfg.data).preferences("held_out").select(range(8)):
+            good, bad = (
+                log_prob(trained, tokenizer, pair["prompt"], pair[side])
+                - log_prob(before, tokenizer, pair["prompt"], pair[side])
+                for side in ("chosen", "rejected")
+            )
+            margins.append(0.1 * float(good - bad))
+    assert figures["rewards/margins"] == pytest.approx(sum(margins) / 8, rel=1e-3, abs=1e-4)
+    assert figures["rewards/accuracies"] == pytest.approx(sum(m > 0 for m in margins) / 8)
+    assert sum(margins) > 0, "it learned something"
+
+
+def test_the_reference_s_word_is_kept_for_later_attempts(tmp_path: Path, start: Path, scorer: Path) -> None:
+    """Asked once, of the start model or of another one, which is then let go; a checkpoint changes none of it."""
+    other = make_run(tmp_path, "base", "training.max_steps=2", "seed=9", name="other")
+    assert train.run_attempt(other, 1) == 0
+    for reference in (start, other.model):
+        options = ["training.max_steps=4", "checkpointing.save_steps=2", "data.num_pairs=16"]
+        name = reference.parent.name
+        run = make_run(
+            tmp_path, "dpo", *options, "dpo.precompute_ref_log_probs=true", name=f"once-{name}", model=start,
+            reference=reference,
+        )  # fmt: skip
+        usual = make_run(tmp_path, "dpo", *options, name=f"usual-{name}", model=start, reference=reference)
+        first = trainer_of(run)
+        assert first.ref_model is None and not [m for m in first.accelerator._models if m is not first.model]
+        kept = {p.name: p.read_bytes() for p in run.reference_log_probs.iterdir()}
+        assert sorted(kept) == ["eval-8.arrow", "train-16.arrow"]
+        assert train.run_attempt(run, 1) == train.run_attempt(usual, 1) == 0
+        assert {p.name: p.read_bytes() for p in run.reference_log_probs.iterdir()} == kept
+        losses = [[line["loss"] for line in logged(r)] for r in (run, usual)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -91,7 +91,7 @@ def make_config(stage: str, *overrides: str) -> dict[str, Any]:
     )
     config = OmegaConf.to_container(merged)
     assert isinstance(config, dict)
-    others = {t for t in TECHNIQUES if t != stage}
+    others = {t for t in TECHNIQUES if t not in (stage, "eval")}  # frozen configs hold eval too
     dropped = {"pipeline", "stages", "dry_run", "run_name", "restart", *others}
     return {str(k): v for k, v in config.items() if k not in dropped}
 

@@ -114,6 +114,11 @@ class RunDirectory:
         return self.checkpoints / f".attempt-{attempt}"
 
     @property
+    def reference_log_probs(self) -> Path:
+        """What the reference says of each row, where that was asked once before training."""
+        return self.checkpoints / "reference_log_probs"
+
+    @property
     def inference_checkpoints(self) -> Path:
         return self.root / "inference_checkpoints"
 
@@ -126,6 +131,11 @@ class RunDirectory:
     def results(self) -> Path:
         """An eval stage's figures, inside its output."""
         return self.model / "results.json"
+
+    @property
+    def held_out(self) -> Path:
+        """Figures on held-out rows of a stage that trained, inside its output."""
+        return self.model / "held_out.json"
 
     @property
     def samples(self) -> Path:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from omegaconf import OmegaConf
 
-from conf.check import accumulation_steps
+from conf.check import accumulation_steps, world_size
 from conf.schema import Config
 from post_training.data.tokenizer import load_tokenizer
 from post_training.run import manifest
@@ -158,6 +158,7 @@ def trainer_arguments(stage: Stage, lr: float) -> dict[str, Any]:
         "output_dir": str(stage.run.checkpoints),
         **length,
         "per_device_train_batch_size": training.per_device_train_batch_size,
+        "per_device_eval_batch_size": training.per_device_train_batch_size,
         "gradient_accumulation_steps": accumulation_steps(cfg),
         "learning_rate": lr,
         "lr_scheduler_type": training.lr_scheduler,
@@ -186,6 +187,17 @@ def trainer_arguments(stage: Stage, lr: float) -> dict[str, Any]:
         "dataloader_pin_memory": not on_cpu,
         "dataloader_num_workers": cfg.training.dataloader_num_workers,
     }
+
+
+def held_out(stage: Stage, rows: Dataset) -> Dataset | None:
+    """At most `eval.num_problems` rows, judged once at the end of training; None where there is less than a batch.
+
+    They fill whole batches on all ranks, so that the mean of the batches' figures is the mean of the rows'.
+    """
+    training = stage.cfg.training
+    at_once = training.per_device_train_batch_size * world_size(stage.cfg)
+    count = min(len(rows), stage.cfg.eval.num_problems) // at_once * at_once
+    return rows.select(range(count)) if count else None
 
 
 def token_counts(rows: Dataset) -> list[int]:

@@ -6,7 +6,7 @@ from transformers import Trainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from post_training import data
-from post_training.stages.common import Stage, load_causal_lm, trainer_arguments, without_dropout
+from post_training.stages.common import Stage, held_out, load_causal_lm, trainer_arguments, without_dropout
 from post_training.stages.exact import ExactResume
 
 
@@ -18,6 +18,7 @@ def build_trainer(stage: Stage) -> Trainer:
     """Training on preference pairs: the loss on the chosen answer, and `orpo.beta` times the log odds ratio's."""
     cfg = stage.cfg
     assert stage.model_path is not None
+    source = data.load(cfg.data)
     args = ORPOConfig(
         **trainer_arguments(stage, cfg.orpo.lr),
         beta=cfg.orpo.beta,
@@ -27,6 +28,7 @@ def build_trainer(stage: Stage) -> Trainer:
     return OrpoTrainer(
         model=without_dropout(load_causal_lm(cfg, stage.model_path, stage.tokenizer)),
         args=args,
-        train_dataset=data.load(cfg.data).preferences("train"),
+        train_dataset=source.preferences("train"),
+        eval_dataset=held_out(stage, source.preferences("held_out")),
         processing_class=stage.tokenizer,
     )

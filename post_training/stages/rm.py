@@ -6,7 +6,7 @@ from transformers import Trainer
 from trl import RewardConfig, RewardTrainer
 
 from post_training import data
-from post_training.stages.common import Stage, load_reward_model, trainer_arguments, without_dropout
+from post_training.stages.common import Stage, held_out, load_reward_model, trainer_arguments, without_dropout
 from post_training.stages.exact import ExactResume
 
 
@@ -18,6 +18,7 @@ def build_trainer(stage: Stage) -> Trainer:
     """Training on preference pairs: -log sigmoid(r(chosen) - r(rejected))."""
     cfg = stage.cfg
     assert stage.model_path is not None
+    source = data.load(cfg.data)
     args = RewardConfig(
         **trainer_arguments(stage, cfg.rm.lr),
         center_rewards_coefficient=cfg.rm.center_rewards_coefficient,
@@ -26,6 +27,7 @@ def build_trainer(stage: Stage) -> Trainer:
     return RmTrainer(
         model=without_dropout(load_reward_model(cfg, stage.model_path, stage.tokenizer)),
         args=args,
-        train_dataset=data.load(cfg.data).preferences("train"),
+        train_dataset=source.preferences("train"),
+        eval_dataset=held_out(stage, source.preferences("held_out")),
         processing_class=stage.tokenizer,
     )
