@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 
 from conf.datasets import KNOWN, STAGE_VIEWS, TRANSFORMS, VIEWS, having, views_of
-from conf.schema import LENGTHS, TECHNIQUES, TEMPLATES, UNTRAINED, Config
+from conf.schema import LENGTHS, TECHNIQUES, TEMPLATES, UNTRAINED, Config, Grpo, Reward, Rloo
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16", "float16"),
@@ -21,6 +21,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "base.packing": ("none", "wrapped"),
     "sft.loss_type": ("nll", "dft"),
     "distill.loss_type": ("nll", "dft"),
+    "kto.loss_type": ("kto", "apo_zero_unpaired"),
+    "ppo.value_init": ("policy", "rm"),
+    "ppo.kl_estimator": ("k1", "k3"),
+    "grpo.loss_type": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
+    "grpo.scale_rewards": ("group", "batch", "none"),
+    "grpo.importance_sampling_level": ("token", "sequence"),
 }
 AT_LEAST: dict[str, float] = {
     "training.effective_batch_size": 1,
@@ -29,8 +35,15 @@ AT_LEAST: dict[str, float] = {
     "training.warmup_steps": 0,
     "training.weight_decay": 0,
     "training.dataloader_num_workers": 0,
+    "ppo.num_ppo_epochs": 1,
+    "ppo.kl_target": 0.001,
+    "ppo.kl_horizon": 1,
+    "grpo.num_generations": 2,
     "grpo.num_iterations": 1,
     "grpo.steps_per_generation": 1,
+    "rloo.num_generations": 2,
+    "rloo.num_iterations": 1,
+    "rloo.steps_per_generation": 1,
     "checkpointing.save_steps": 1,
     "checkpointing.save_total_limit": 1,
     "checkpointing.inference_checkpoint_steps": 1,
@@ -163,11 +176,81 @@ def check_run(cfg: Config) -> None:
             if name not in TEMPLATES:
                 problem = f"must be some of {', '.join(TEMPLATES)}"
                 raise ConfigError("sft.random_templates", name, problem, nearest(name, TEMPLATES))
-    if cfg.stage == "ppo":
-        reward = cfg.ppo.reward
-        if not (reward.correct or reward.format or reward.random or cfg.ppo.reward_model_weight):
-            fix = "give ppo.reward.correct or ppo.reward_model_weight"
-            raise ConfigError("ppo.reward", "all 0", "nothing is rewarded", fix)
+    if cfg.stage in SAMPLING:
+        _check_reward(cfg)
+    if cfg.stage == "dpo":
+        _check_dpo(cfg)
+
+
+DPO_LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+"""What TRL's DPOTrainer knows."""
+
+
+def dpo_losses(cfg: Config) -> list[str]:
+    """The losses of `dpo.loss_type`, which is one or a list."""
+    given = cfg.dpo.loss_type
+    return list(given) if isinstance(given, list | tuple) else [given]
+
+
+def _check_dpo(cfg: Config) -> None:
+    dpo, losses = cfg.dpo, dpo_losses(cfg)
+    for loss in losses:
+        if loss not in DPO_LOSSES:
+            raise ConfigError("dpo.loss_type", loss, "no such loss", nearest(str(loss), DPO_LOSSES))
+    if not losses or losses == ["sft"]:
+        fix = "stage=sft for answers alone, or dpo.loss_type=[sigmoid,sft]"
+        raise ConfigError("dpo.loss_type", ",".join(losses) or "[]", "compares no answers", fix)
+    if dpo.loss_weights is not None and len(dpo.loss_weights) != len(losses):
+        problem, fix = f"there are {len(losses)} losses", f"dpo.loss_weights=[{','.join(['1'] * len(losses))}]"
+        raise ConfigError("dpo.loss_weights", dpo.loss_weights, problem, fix)
+    smoothing = dpo.label_smoothing
+    if not 0 <= smoothing < 0.5:
+        problem = "must be at least 0 and below 0.5"
+        raise ConfigError("dpo.label_smoothing", smoothing, problem, "dpo.label_smoothing=0.1")
+    if smoothing and not {"robust", "exo_pair"} & set(losses):
+        fix = "dpo.loss_type=robust, or dpo.label_smoothing=0"
+        raise ConfigError("dpo.label_smoothing", smoothing, f"the loss {','.join(losses)} has no smoothing", fix)
+    if not smoothing and "exo_pair" in losses:
+        problem = "the loss exo_pair takes its logarithm"
+        raise ConfigError("dpo.label_smoothing", smoothing, problem, "dpo.label_smoothing=1e-3")
+
+
+SAMPLING = ("ppo", "grpo", "rloo")
+"""Stages that train on their own samples, scored by rewards."""
+
+
+def split_function(path: str) -> tuple[str, str]:
+    """File and function of `file.py:function`; ("", "") where it is none."""
+    file, colon, name = path.rpartition(":")
+    return (file, name) if colon and file.endswith(".py") and name.isidentifier() else ("", "")
+
+
+def _check_reward(cfg: Config) -> None:
+    """Refuse rewards that pay for nothing, or more for an answer's form than for the answer."""
+    stage = cfg.stage
+    reward: Reward = getattr(cfg, stage).reward
+    answers = reward.correct + reward.math_verify
+    by_model = cfg.ppo.reward_model_weight if stage == "ppo" else 0.0
+    paid = [answers, reward.format, reward.random, by_model, *(f.weight for f in reward.functions)]
+    if not any(paid):
+        also = " or ppo.reward_model_weight" if stage == "ppo" else ""
+        raise ConfigError(f"{stage}.reward", "all 0", "nothing is rewarded", f"give {stage}.reward.correct{also}")
+    if answers > 0 and reward.format >= answers:
+        problem = f"form alone would pay as much as a right answer, which pays {answers:g}"
+        raise ConfigError(f"{stage}.reward.format", reward.format, problem, f"{stage}.reward.format={answers / 10:g}")
+    names = ["correct", "math_verify", "format", "random"]
+    for function in reward.functions:
+        _, name = split_function(function.path)
+        if not name:
+            fix = "write it as in rewards.py:brief"
+            raise ConfigError(f"{stage}.reward.functions", function.path, "no file and function", fix)
+        if name in names:
+            problem = f"there is another reward named {name}, and their figures would be mixed"
+            raise ConfigError(f"{stage}.reward.functions", function.path, problem, "give the function another name")
+        names.append(name)
 
 
 def _check_logging(cfg: Config) -> None:
@@ -295,7 +378,7 @@ def _check_length(cfg: Config) -> None:
     value = getattr(cfg.training, given[0])
     if value <= 0:
         raise ConfigError(f"training.{given[0]}", value, "must be positive", f"training.{given[0]}=1")
-    if given[0] == "num_training_tokens" and cfg.stage in ("ppo", "grpo"):
+    if given[0] == "num_training_tokens" and cfg.stage in SAMPLING:
         problem = f"{cfg.stage} samples its own tokens"
         raise ConfigError("training.num_training_tokens", value, problem, "use training.max_steps")
 
@@ -314,25 +397,36 @@ def _check_batch(cfg: Config) -> None:
             "training.effective_batch_size", batch,
             f"must be a multiple of per_device_train_batch_size={per_device} x {world} ranks", fix,
         )  # fmt: skip
-    if cfg.stage == "grpo" and batch % cfg.grpo.num_generations:
-        raise ConfigError(
-            "grpo.num_generations", cfg.grpo.num_generations, f"must divide training.effective_batch_size={batch}",
-            f"grpo.num_generations={_nearest_divisor(batch, cfg.grpo.num_generations)}",
-        )  # fmt: skip
-    if cfg.stage == "grpo" and cfg.grpo.steps_per_generation is not None:
-        wanted, generations = cfg.grpo.steps_per_generation, cfg.grpo.num_generations
-        if wanted * per_device * world % generations:
-            least = generations // math.gcd(generations, per_device * world)
-            raise ConfigError(
-                "grpo.steps_per_generation", wanted,
-                f"makes {wanted * per_device * world} completions at once, no multiple of "
-                f"grpo.num_generations={generations}",
-                f"grpo.steps_per_generation={-(-wanted // least) * least}",
-            )  # fmt: skip
+    if cfg.stage in ("grpo", "rloo"):
+        _check_groups(cfg)
     if cfg.stage == "kto" and per_device < 2:
         problem = "the KL term compares the answers of one batch with each other, so a batch needs two or more"
         fix = "training.per_device_train_batch_size=2"
         raise ConfigError("training.per_device_train_batch_size", per_device, problem, fix)
+
+
+def _check_groups(cfg: Config) -> None:
+    """Refuse batches that cannot hold whole groups of completions of one prompt."""
+    stage, batch = cfg.stage, cfg.training.effective_batch_size
+    technique: Grpo | Rloo = getattr(cfg, stage)
+    generations, wanted = technique.num_generations, technique.steps_per_generation
+    at_once = cfg.training.per_device_train_batch_size * world_size(cfg)
+    if batch % generations:
+        raise ConfigError(
+            f"{stage}.num_generations", generations, f"must divide training.effective_batch_size={batch}",
+            f"{stage}.num_generations={_nearest_divisor(batch, generations)}",
+        )  # fmt: skip
+    if wanted is not None and wanted * at_once % generations:
+        least = generations // math.gcd(generations, at_once)
+        raise ConfigError(
+            f"{stage}.steps_per_generation", wanted,
+            f"makes {wanted * at_once} completions at once, no multiple of {stage}.num_generations={generations}",
+            f"{stage}.steps_per_generation={-(-wanted // least) * least}",
+        )  # fmt: skip
+    if stage == "grpo" and cfg.grpo.loss_type == "luspo" and cfg.grpo.importance_sampling_level != "sequence":
+        problem = "the loss luspo is made for ratios of whole sequences"
+        fix = "grpo.importance_sampling_level=sequence"
+        raise ConfigError("grpo.importance_sampling_level", cfg.grpo.importance_sampling_level, problem, fix)
 
 
 def _check_parallel(cfg: Config) -> None:

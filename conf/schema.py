@@ -92,7 +92,7 @@ class Data:
     num_documents: int = key(25600, "arithmetic: documents for the base stage")
     num_demonstrations: int = key(8000, "arithmetic: demonstrations for sft")
     num_pairs: int = key(2000, "arithmetic: preference pairs for rm, dpo, orpo and kto")
-    num_prompts: int = key(4000, "arithmetic: prompts for ppo and grpo")
+    num_prompts: int = key(4000, "arithmetic: prompts for ppo, grpo and rloo")
     worked_fraction: float = key(0.7, "arithmetic: share of base documents with worked columns, 0 to 1")
     system_prompt: str | None = key(None, "system message of conversations that have none; null: none is added")
     seed: int = key(0, "seed of generation, of the held-out split, of mixing and of shuffling records")
@@ -101,10 +101,10 @@ class Data:
 @dataclass
 class Training:
     max_steps: int | None = key(None, "length in optimizer steps (exactly one of the four lengths is given)")
-    num_training_samples: int | None = key(None, "length in samples (prompts for ppo and grpo)")
-    num_training_tokens: int | None = key(None, "length in tokens of the prepared records; not for ppo and grpo")
+    num_training_samples: int | None = key(None, "length in samples (prompts for ppo, grpo and rloo)")
+    num_training_tokens: int | None = key(None, "length in tokens of the prepared records; not for ppo, grpo and rloo")
     num_train_epochs: float | None = key(None, "length in passes over the data")
-    effective_batch_size: int = key(64, "samples per optimizer step over all ranks (completions for ppo and grpo)")
+    effective_batch_size: int = key(64, "samples per optimizer step over all ranks (ppo, grpo, rloo: completions)")
     per_device_train_batch_size: int = key(8, "samples per forward pass on one rank; accumulation is derived")
     max_length: int = key(1024, "longest training sequence, tokens; longer ones are cut")
     lr_scheduler: str = key("cosine", "learning-rate schedule: cosine, linear, constant or constant_with_warmup")
@@ -232,10 +232,21 @@ class Rm:
 
 
 @dataclass
+class RewardFunction:
+    """A Python function of the user's own, f(prompts, completions, **columns) -> one number or None each."""
+
+    path: str = key(MISSING, "a file and a function in it, as in rewards.py:brief; the file is frozen with the run")
+    weight: float = key(1.0, "weight of what it returns; 0: not called")
+    sha256: str | None = key(None, "of the file; filled in at submission")
+
+
+@dataclass
 class Reward:
-    correct: float = key(1.0, "weight of the verifier: 1 for the right answer, else 0")
+    correct: float = key(1.0, "weight of the verifier: 1 for the right number, else 0")
     format: float = key(0.1, "weight of the format check: 1 for <think>...</think><answer>...</answer>, else 0")
     random: float = key(0.0, "weight of a coin flip per completion: a control that must not teach anything")
+    math_verify: float = key(0.0, "weight of the verifier for formulas: 1 where math-verify finds them equal, else 0")
+    functions: list[RewardFunction] = key([], "functions of your own, as in [{path: 'rewards.py:brief', weight: 0.2}]")
 
 
 @dataclass
@@ -243,12 +254,23 @@ class Ppo:
     lr: float = key(1e-6, "peak learning rate of policy and value head")
     reward: Reward = key(Reward(), "weights of the verifiable rewards")
     reward_model_weight: float = key(0.0, "weight of the reward model's score; 0: no reward model is loaded")
-    kl_coef: float = key(0.05, "weight of the per-token KL penalty to the reference")
+    value_init: str = key("policy", "value head's start: policy (all values 0), or rm (the reward model's score head)")
+    kl_coef: float = key(0.05, "weight of the per-token KL penalty to the reference; with adaptive_kl its start")
+    kl_estimator: str = key("k1", "KL estimate in the penalty: k1 (log ratio) or k3 (never negative)")
+    adaptive_kl: bool = key(False, "kl_coef is steered so that the KL of a whole completion stays near kl_target")
+    kl_target: float = key(6.0, "adaptive_kl: wanted KL of a completion, nats")
+    kl_horizon: float = key(10000, "adaptive_kl: completions it takes to react")
     num_ppo_epochs: int = key(1, "passes over each rollout")
     clip_range: float = key(0.2, "the policy ratio is clipped to 1 +- this")
+    value_clip_range: float = key(0.2, "values are clipped to those of the rollout +- this")
     value_coef: float = key(0.1, "weight of the value loss")
     gamma: float = key(1.0, "discount per token")
     lam: float = key(0.95, "GAE lambda")
+    whiten_advantages: bool = key(True, "advantages of a rollout are scaled to mean 0 and deviation 1, over all ranks")
+    whiten_rewards: bool = key(False, "token rewards of a rollout are scaled to deviation 1, their mean kept")
+    reward_clip: float | None = key(None, "a completion's score is clipped to +- this; null: not")
+    missing_eos_penalty: float | None = key(None, "taken off the score of a completion that was cut off; null: nothing")
+    entropy_coef: float = key(0.0, "weight of an entropy bonus")
     temperature: float = key(1.0, "sampling temperature of rollouts")
     max_completion_length: int = key(256, "longest completion, tokens")
 
@@ -257,7 +279,10 @@ class Ppo:
 class Dpo:
     lr: float = key(1e-6, "peak learning rate")
     beta: float = key(0.1, "strength of the pull to the reference")
-    loss_type: str = key("sigmoid", "loss of TRL's DPOTrainer: sigmoid, ipo, hinge, robust, ...")
+    loss_type: Any = key("sigmoid", "TRL's loss: sigmoid, ipo, hinge, robust, ...; or a list, as in [sigmoid,sft]")
+    loss_weights: list[float] | None = key(None, "weight of each loss of a list; null: 1 each")
+    label_smoothing: float = key(0.0, "robust: share of wrong labels, 0 up to 0.5; exo_pair: smoothing, above 0")
+    precompute_ref_log_probs: bool = key(False, "the reference is asked once, before training, and not kept in memory")
 
 
 @dataclass
@@ -272,19 +297,42 @@ class Kto:
     beta: float = key(0.1, "strength of the pull to the reference")
     desirable_weight: float = key(1.0, "weight of the losses of good answers")
     undesirable_weight: float = key(1.0, "weight of the losses of bad answers")
+    loss_type: str = key("kto", "TRL's loss: kto, or apo_zero_unpaired (no KL term)")
+    precompute_ref_log_probs: bool = key(False, "the reference is asked once, before training, and not kept in memory")
 
 
 @dataclass
 class Grpo:
     lr: float = key(1e-6, "peak learning rate")
     reward: Reward = key(Reward(), "weights of the verifiable rewards")
-    num_generations: int = key(8, "completions per prompt; must divide effective_batch_size")
+    num_generations: int = key(8, "completions per prompt, 2 or more; must divide effective_batch_size")
     num_iterations: int = key(1, "passes over each generation")
     steps_per_generation: int | None = key(None, "forward passes that one generation serves; null: one optimizer step")
-    beta: float = key(0.0, "weight of the KL to the reference; 0: no reference is loaded")
+    beta: float = key(0.0, "weight of the KL to the reference (k3, per token); 0: no reference is loaded")
     temperature: float = key(1.0, "sampling temperature")
     max_completion_length: int = key(256, "longest completion, tokens")
-    loss_type: str = key("dapo", "loss of TRL's GRPOTrainer: grpo, dr_grpo, dapo, bnpo, ...")
+    loss_type: str = key("dapo", "TRL's loss: grpo, dr_grpo, dapo, bnpo, cispo, sapo, luspo or vespo")
+    epsilon: float = key(0.2, "the policy ratio is clipped below at 1 - this")
+    epsilon_high: float | None = key(None, "the policy ratio is clipped above at 1 + this (DAPO: 0.28); null: epsilon")
+    scale_rewards: str = key("group", "advantages are divided by the deviation of: group, batch or none (Dr. GRPO)")
+    importance_sampling_level: str = key("token", "the policy ratio is of each token, or of the sequence (GSPO)")
+    mask_truncated_completions: bool = key(False, "completions that were cut off are left out of the loss (DAPO)")
+
+
+@dataclass
+class Rloo:
+    lr: float = key(1e-6, "peak learning rate")
+    reward: Reward = key(Reward(), "weights of the verifiable rewards")
+    num_generations: int = key(8, "completions per prompt, 2 or more; must divide effective_batch_size")
+    num_iterations: int = key(1, "passes over each generation")
+    steps_per_generation: int | None = key(None, "forward passes that one generation serves; null: one optimizer step")
+    beta: float = key(0.05, "weight of the KL to the reference (k1, taken off the reward); 0: no reference is loaded")
+    temperature: float = key(1.0, "sampling temperature")
+    max_completion_length: int = key(256, "longest completion, tokens")
+    epsilon: float = key(0.2, "the policy ratio is clipped below at 1 - this")
+    epsilon_high: float | None = key(None, "the policy ratio is clipped above at 1 + this; null: epsilon")
+    normalize_advantages: bool = key(False, "advantages of each generation are scaled to mean 0 and deviation 1")
+    mask_truncated_completions: bool = key(False, "completions that were cut off are left out of the loss")
 
 
 @dataclass
@@ -367,6 +415,7 @@ class Config:
     orpo: Orpo = key(Orpo(), "orpo stage: odds-ratio preference optimisation, no reference")
     kto: Kto = key(Kto(), "kto stage: Kahneman-Tversky optimisation, single answers marked good or bad")
     grpo: Grpo = key(Grpo(), "grpo stage")
+    rloo: Rloo = key(Rloo(), "rloo stage: REINFORCE with the other completions' mean reward as the baseline")
     sample: Sample = key(Sample(), "sample stage: rejection sampling, records for sft from a model's best answers")
     eval: Eval = key(Eval(), "eval stage: held-out judgement of one model")
     prepare: Prepare = key(Prepare(), "prepare stage: data tokenised and packed before its stages start, on CPUs")
@@ -375,7 +424,7 @@ class Config:
 
 
 TECHNIQUES = (
-    "base", "sft", "distill", "merge", "rm", "ppo", "dpo", "orpo", "kto", "grpo", "sample", "eval", "prepare",
+    "base", "sft", "distill", "merge", "rm", "ppo", "dpo", "orpo", "kto", "grpo", "rloo", "sample", "eval", "prepare",
 )  # fmt: skip
 """Stages with a section of their own in the config, and a file in post_training/stages/."""
 

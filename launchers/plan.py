@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.chat import is_text
-from conf.check import ConfigError, nearest
+from conf.check import ConfigError, nearest, split_function
 from conf.schema import CONFIG_VERSION, PREPARABLE, TEMPLATES, Cluster, Config, Node
 from launchers import graph, slurm
 from launchers.errors import LaunchError
@@ -75,6 +75,16 @@ def freeze(cfg: Config, name: str, run_name: str, inputs: Mapping[str, Any]) -> 
     for part in plain["data"]["datasets"]:
         part["path"] = absolute(part["path"])
     plain["data"]["transform_file"] = frozen_transforms(cfg)
+    for function in plain[cfg.stage].get("reward", {}).get("functions", []):
+        written = split_function(function["path"])
+        file = Path(written[0]).expanduser()
+        try:
+            function["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        except OSError as error:
+            raise ConfigError(
+                f"{cfg.stage}.reward.functions", function["path"], error.strerror or str(error), "mend the path"
+            ) from None
+        function["path"] = f"{file.name}:{written[1]}"  # what it says counts, not where it is
     frozen: Frozen = {
         "version": CONFIG_VERSION, "name": name, "stage": cfg.stage, "pipeline": run_name, "identity": "",
         "seed": cfg.seed, "offline": cfg.offline,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from conf.chat import check as check_template
-from conf.check import ConfigError, nearest, parse_wall_time, tasks_per_node
+from conf.check import SAMPLING, ConfigError, nearest, parse_wall_time, split_function, tasks_per_node
 from conf.datasets import KNOWN, TRANSFORMS
 from conf.schema import Config
 from launchers import graph, slurm
@@ -74,6 +74,9 @@ def check_paths(cfg: Config) -> None:
             )  # fmt: skip
     if cfg.data.transform_file is not None:
         _check_transforms(cfg)
+    if cfg.stage in SAMPLING:
+        for function in getattr(cfg, cfg.stage).reward.functions:
+            _check_function(f"{cfg.stage}.reward.functions", function.path)
 
 
 def transforms_of(cfg: Config) -> bytes:
@@ -108,6 +111,22 @@ def _check_transforms(cfg: Config) -> None:
         if name is not None and name not in TRANSFORMS and name not in names:
             fix = nearest(name, [str(n) for n in names]) if names else f'@transform("{name}") above a function'
             raise ConfigError(key, name, f"{value} has no such transform", fix)
+
+
+def _check_function(key: str, path: str) -> None:
+    """Refuse a Python file that is not there or cannot be parsed, and a function that it does not define."""
+    file, name = split_function(path)
+    try:
+        tree = ast.parse(Path(file).expanduser().read_bytes())
+    except OSError as error:
+        raise ConfigError(key, path, error.strerror or str(error), "give a file that can be read") from None
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None)
+        problem = f"is no Python{f': line {line}' if line else ''}: {getattr(error, 'msg', error)}"
+        raise ConfigError(key, path, problem, "mend the file") from None
+    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    if name not in functions:
+        raise ConfigError(key, path, f"{file} defines no function {name}", nearest(name, functions))
 
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")

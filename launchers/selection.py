@@ -145,6 +145,11 @@ def sources(selection: Selection, name: str) -> dict[str, str | None]:
             result[role] = pretrained
         else:
             result[role] = f"stage:{upstream}" if upstream is not None else None
-    if not (cfg.stage == "ppo" and cfg.ppo.reward_model_weight):
+    if not (cfg.stage == "ppo" and (cfg.ppo.reward_model_weight or cfg.ppo.value_init == "rm")):
         result["reward_model"] = None
+    elif result["reward_model"] is None:
+        key = "reward_model_weight" if cfg.ppo.reward_model_weight else "value_init"
+        problem = f"no stage of the pipeline is {name}'s reward model"
+        fix = f"inputs.reward_model=<folder>, pipeline.stages.{name}.reward_model=<stage>, or leave ppo.{key} out"
+        raise ConfigError(f"ppo.{key}", getattr(cfg.ppo, key), problem, fix)
     return result

@@ -6,6 +6,7 @@ Also the hands of launchers.pipeline: `launch` writes the run directories of a p
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shlex
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from conf.check import ConfigError, parse_wall_time
+from conf.check import ConfigError, parse_wall_time, split_function
 from launchers import cli, slurm
 from launchers.errors import LaunchError, Unanswered
 from launchers.plan import PIPELINE_FILE, Plan, Planned, frozen_transforms, live_jobs, make_plan
@@ -201,6 +202,19 @@ def _write_transforms(planned: Planned) -> None:
     target.write_bytes(content)
 
 
+def _write_functions(planned: Planned) -> None:
+    """Copy the files of the user's own reward functions into the run's code, as they were when the plan was made."""
+    stage = planned.cfg.stage
+    frozen = planned.frozen[stage].get("reward", {}).get("functions", [])
+    for function, known in zip(getattr(planned.cfg, stage).reward.functions if frozen else [], frozen, strict=True):
+        content = Path(split_function(function.path)[0]).expanduser().read_bytes()
+        if hashlib.sha256(content).hexdigest() != known["sha256"]:
+            raise LaunchError(f"{function.path} was changed while it was submitted", "the same command again")
+        target = planned.run.function_file(known["sha256"])
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(content)
+
+
 def python_of(planned: Planned) -> str:
     """The Python of a run's job."""
     return planned.cfg.cluster.python or sys.executable
@@ -223,6 +237,7 @@ def write(plan: Plan, undo: _Undo) -> None:
         if not planned.started:
             _write_code(run, code)
             _write_transforms(planned)
+            _write_functions(planned)
         dumped = yaml.dump(
             planned.frozen, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False, allow_unicode=True
         )

@@ -95,6 +95,10 @@ class Wish(enum.IntEnum):
     STOP = 2
 
 
+class CutShort(Exception):
+    """The attempt is asked to leave while the trained model is judged."""
+
+
 class AttemptCallback(TrainerCallback):
     """Follows one attempt of one run; `trainer` is set once it exists."""
 
@@ -111,6 +115,7 @@ class AttemptCallback(TrainerCallback):
         self.progress, self.watchdog = progress, watchdog
         self.trainer: Trainer | None = None
         self.stopped = False
+        self.judging = False  # training is over
         self._save_started = self._last_save = time.monotonic()
         self._seconds_between_saves = self._save_interval()
 
@@ -143,6 +148,15 @@ class AttemptCallback(TrainerCallback):
             self._save_inference_checkpoint(state)
             if not control.should_save:
                 self.progress.training(state.global_step)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Judging the trained model on held-out rows, which a stop cuts short. All ranks agree on it."""
+        self.watchdog.beat()
+        self.progress.write()
+        if self.judging and self._wish_of_all_ranks(state) == Wish.STOP:
+            raise CutShort
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import os
 import shutil
 import sys
@@ -27,7 +28,7 @@ from post_training.run.progress import Progress
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from post_training.attempt import Watchdog
+    from post_training.attempt import AttemptCallback, Watchdog
     from post_training.stages.common import Stage
 
 
@@ -62,6 +63,7 @@ def train(run: RunDirectory, attempt: int, progress: Progress, watchdog: Watchdo
             shutil.rmtree(run.staging(attempt), ignore_errors=True)  # TRL's README
         return life.STOPPED
 
+    figures = judge(trainer, follower, progress)
     progress.enter("saving")
     partial = run.model.with_name(f"model.partial-{attempt}")
     if trainer.is_world_process_zero():
@@ -69,12 +71,35 @@ def train(run: RunDirectory, attempt: int, progress: Progress, watchdog: Watchdo
     trainer.accelerator.wait_for_everyone()
     save_for_inference(trainer, partial)
     if trainer.is_world_process_zero():
+        if figures:
+            write_atomic(partial / run.held_out.name, json.dumps(figures, indent=1) + "\n")
         with run.writing_as(attempt):
             finish(run, partial, step=step)
         shutil.rmtree(run.staging(attempt), ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     progress.enter("saving")
     return 0
+
+
+def judge(trainer: Trainer, follower: AttemptCallback, progress: Progress) -> dict[str, float]:
+    """Figures on the held-out rows of the trainer, once, after its last step; {} where it has none.
+
+    They are logged as eval_... too. An attempt that is asked to leave meanwhile does without: its steps are worth more.
+    """
+    from post_training.attempt import CutShort
+
+    if trainer.eval_dataset is None:
+        return {}
+    progress.enter("evaluation")
+    follower.judging = True
+    try:
+        logged = trainer.evaluate()
+    except CutShort:
+        print("asked to leave: the held-out figures are left out", file=sys.stderr)
+        return {}
+    of_the_clock = ("runtime", "per_second", "epoch", "num_tokens")
+    figures = {k.removeprefix("eval_"): v for k, v in logged.items() if not any(word in k for word in of_the_clock)}
+    return {"rows": len(trainer.eval_dataset), **figures}
 
 
 def find_checkpoint(run: RunDirectory, attempt: int, trainer: Trainer, stage: Stage) -> Path | None:

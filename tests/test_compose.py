@@ -271,6 +271,13 @@ def test_inputs_follow_the_graph() -> None:
     assert sources(selection, "ppo") == {"model": "stage:sft", "reference": "stage:sft", "reward_model": "stage:rm"}
     selection = select(["cluster=local", "pipeline=full", "ppo.reward_model_weight=0"], only_one=False)
     assert sources(selection, "ppo")["reward_model"] is None
+    selection = select(["pipeline=full", "cluster=local", "ppo.reward_model_weight=0", "ppo.value_init=rm"], False)
+    assert sources(selection, "ppo")["reward_model"] == "stage:rm", "its score head is the value head's start"
+    for token in ("ppo.reward_model_weight=1", "ppo.value_init=rm"):
+        alone = select(["pipeline=dpo", "cluster=local", "stage=ppo", "ppo.reward_model_weight=0", token], True)
+        with pytest.raises(ConfigError, match=token) as caught:
+            sources(alone, "ppo")
+        assert "inputs.reward_model=" in caught.value.fix
 
 
 def test_a_pretrained_model_takes_the_place_of_base(tmp_path) -> None:  # type: ignore[no-untyped-def]

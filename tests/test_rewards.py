@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import signal
+import textwrap
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conf.schema import Reward
-from post_training.rewards import verify
+from conf.check import ConfigError, _check_reward
+from conf.schema import Config, Grpo, Reward, RewardFunction
+from post_training.data.source import DataError
+from post_training.rewards import mathematics, verify
+from post_training.run.directory import RunDirectory
 
 NUMBERS = [
     ("72", 72),
@@ -200,6 +209,7 @@ def test_random_is_a_coin_flip_that_stays_the_same() -> None:
     [
         (Reward(), [verify.correct, verify.format], [1.0, 0.1]),
         (Reward(correct=2.0, format=0.0), [verify.correct], [2.0]),
+        (Reward(0.0, 0.1, 0.0, math_verify=2.0), [verify.math_verify, verify.format], [2.0, 0.1]),
         (Reward(correct=0.0, format=0.0, random=1.0), [verify.random], [1.0]),
         (Reward(1.0, -0.5, 0.25), [verify.correct, verify.format, verify.random], [1.0, -0.5, 0.25]),
         (Reward(0.0, 0.0, 0.0), [], []),
@@ -207,3 +217,119 @@ def test_random_is_a_coin_flip_that_stays_the_same() -> None:
 )
 def test_functions_without_weight_are_left_out(weights: Reward, functions: list, numbers: list[float]) -> None:
     assert verify.reward_functions(weights) == (functions, numbers)
+
+
+# ------------------------------------------------------------------------------ formulas, and functions of one's own
+
+
+@pytest.mark.parametrize(
+    ("written", "expected", "equal"),
+    [
+        ("<answer>72</answer>", "72", True),
+        ("<answer>72.</answer>", "72", True),  # as the parser of numbers reads it
+        (r"<think>x</think><answer>\frac{1}{2}</answer>", "0.5", True),
+        (r"<answer>$2\sqrt{2}$</answer>", r"\sqrt{8}", True),
+        ("<answer>x+1</answer>", "1+x", True),
+        ("<answer>71</answer>", "72", False),
+        ("72", "72", False),  # outside the tag
+        ("<answer>}{</answer>", "1", False),
+        ("<answer></answer>", "72", False),
+    ],
+)
+def test_math_verify_compares_what_stands_in_the_tag(written: str, expected: str, equal: bool) -> None:
+    assert verify.math_verify(["p"], [written], answer=[expected]) == [float(equal)]
+
+
+def test_math_verify_touches_no_signal_and_works_in_any_thread() -> None:
+    before = signal.getsignal(signal.SIGALRM)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(verify.math_verify, ["p"], [r"<answer>\frac{4}{2}</answer>"], answer=["2"]).result()
+    assert found == [1.0]
+    assert signal.getsignal(signal.SIGALRM) is before and signal.alarm(0) == 0
+
+
+def test_a_formula_that_never_ends_counts_as_wrong_and_the_next_one_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = mathematics.Worker()
+    try:
+        assert worker.equal("2", "2")
+        monkeypatch.setattr(mathematics, "SECONDS", 0.3)
+        assert not worker.equal("9^{9^{9^{9}}}", "9^{9^{9^{9}}}+1")
+        monkeypatch.setattr(mathematics, "SECONDS", 60.0)
+        assert worker.equal("3", "3")
+        assert worker._process is not None
+        worker._process.kill()  # for its memory, say
+        worker._process.wait()
+        assert worker.equal("x+1", "1+x")
+        assert not worker.equal("1" * (mathematics.LONGEST + 1), "1")
+    finally:
+        worker.close()
+
+
+def own_function(tmp_path: Path, body: str) -> Callable[..., list[float | None]]:
+    """A user's reward function f, loaded from a run's copy of its file."""
+    run = RunDirectory(tmp_path / "run")
+    source = f"def f(prompts, completions, answer, **_):\n{textwrap.indent(textwrap.dedent(body), '    ')}\n"
+    named = RewardFunction("mine.py:f", 0.5, hashlib.sha256(source.encode()).hexdigest())
+    file = run.function_file(str(named.sha256))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(source)
+    functions, weights = verify.reward_functions(Reward(0.0, 0.0, 0.0, functions=[named]), run)
+    assert weights == [0.5]
+    return functions[0]
+
+
+def test_a_function_of_ones_own_is_called_as_trl_calls_it(tmp_path: Path) -> None:
+    f = own_function(tmp_path, "return [float(len(c)) if a != 'skip' else None for c, a in zip(completions, answer)]")
+    assert f.__name__ == "f"
+    assert f(prompts=["p", "p"], completions=["abc", "d"], answer=["7", "skip"], completion_ids=[[1], [2]]) == [3, None]
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("return [1 / (c != 'bad') for c in completions]",
+         ["raised ZeroDivisionError: division by zero (line 2) for completion 'bad' of prompt 'second'"]),
+        ("assert len(completions) < 2, 'too many'\nreturn [1.0]",
+         ["raised AssertionError: too many (line 2) for a batch"]),
+        ("return [float('nan') if c == 'bad' else 1.0 for c in completions]",
+         ["gave nan for completion 'bad' of prompt 'second'", "fix: return a finite number"]),
+        ("return [float('inf')] * 3", ["gave inf for completion 'good'"]),
+        ("return ['1'] * 3", ["gave '1' for"]),
+        ("return [1.0]", ["gave 1 values for 3 completions"]),
+        ("return 1.0", ["gave float for 3 completions"]),
+        ("return None", ["gave NoneType for 3 completions"]),
+    ],
+)  # fmt: skip
+def test_a_function_that_cannot_be_used_is_named_with_the_sample(tmp_path: Path, body: str, says: list[str]) -> None:
+    f = own_function(tmp_path, body)
+    with pytest.raises(DataError) as error:
+        f(prompts=["first", "second", "third"], completions=["good", "bad", "good"], answer=["1", "2", "3"])
+    for text in ["reward function mine.py:f: ", "fix: ", *says]:
+        assert text in str(error.value)
+
+
+def test_a_changed_copy_and_a_file_that_fails_are_refused(tmp_path: Path) -> None:
+    own_function(tmp_path, "return [0.0] * len(completions)")
+    (copy,) = (tmp_path / "run" / "code" / "functions").iterdir()
+    content = copy.read_bytes()
+    named = RewardFunction("mine.py:f", 1.0, hashlib.sha256(content).hexdigest())
+    reward = Reward(functions=[named])
+    copy.write_bytes(content + b"# edited")
+    with pytest.raises(DataError, match=r"mine\.py:f: its copy .* is gone or was changed"):
+        verify.reward_functions(reward, RunDirectory(tmp_path / "run"))
+    source = b"import nothing_of_that_name\n"
+    named.sha256 = hashlib.sha256(source).hexdigest()
+    RunDirectory(tmp_path / "run").function_file(named.sha256).write_bytes(source)
+    with pytest.raises(DataError, match=r"cannot be loaded: ModuleNotFoundError.*line 1"):
+        verify.reward_functions(reward, RunDirectory(tmp_path / "run"))
+
+
+@given(st.floats(0, 100), st.floats(-1, 200), st.lists(st.text()))
+def test_form_never_pays_as_much_as_an_answer(right: float, form: float, texts: list[str]) -> None:
+    """Whatever the config lets through: a right answer out of form is worth more than the best form without it."""
+    config = Config(stage="grpo", grpo=Grpo(reward=Reward(correct=right, format=form)))
+    try:
+        _check_reward(config)
+    except ConfigError:
+        return
+    assert right == 0 or form < right

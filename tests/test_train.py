@@ -28,7 +28,7 @@ from tests.training import Attempt, events, hold, make_config, make_run, metrics
 
 STEPS = 8
 SCHEDULE = [f"training.max_steps={STEPS}", "checkpointing.save_steps=2", "checkpointing.inference_checkpoint_steps=3"]
-STAGES = ("base", "sft", "rm", "ppo", "dpo", "orpo", "kto", "grpo")
+STAGES = ("base", "sft", "rm", "ppo", "dpo", "orpo", "kto", "grpo", "rloo")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle")
 
 
@@ -65,7 +65,7 @@ class Story:
 
 HOW = {
     "base": "SIGKILL", "sft": "request", "rm": "request", "ppo": "SIGTERM", "dpo": "request", "orpo": "SIGTERM",
-    "kto": "SIGKILL", "grpo": "SIGTERM",
+    "kto": "SIGKILL", "grpo": "SIGTERM", "rloo": "request",
 }  # fmt: skip
 
 
@@ -460,7 +460,7 @@ def test_tokens_are_a_length_of_other_stages_too(tmp_path: Path, start: Path, st
 
 
 @pytest.mark.usefixtures("here")
-@pytest.mark.parametrize(("stage", "steps"), [("ppo", 2), ("grpo", 5), ("dpo", 2)])
+@pytest.mark.parametrize(("stage", "steps"), [("ppo", 2), ("grpo", 5), ("rloo", 5), ("dpo", 2)])
 def test_samples_are_prompts(tmp_path: Path, start: Path, stage: str, steps: int) -> None:
     """grpo answers each of its prompts 4 times, so that its batch of 8 holds 2 of them."""
     from post_training.stages.common import trainer_arguments

@@ -60,6 +60,10 @@ TINY = [
     "grpo.num_generations=4",
     "grpo.max_completion_length=8",
     "grpo.lr=1e-3",
+    "rloo.num_generations=4",
+    "rloo.max_completion_length=8",
+    "rloo.lr=1e-3",
+    "rloo.reward.random=1",
     "ppo.reward.random=1",  # the tiny model is never right, and without a reward nothing is learnt
     "grpo.reward.random=1",
     "eval.max_new_tokens=8",
@@ -88,7 +92,7 @@ def make_config(stage: str, *overrides: str) -> dict[str, Any]:
     )
     config = OmegaConf.to_container(merged)
     assert isinstance(config, dict)
-    others = {t for t in TECHNIQUES if t != stage}
+    others = {t for t in TECHNIQUES if t not in (stage, "eval")}  # frozen configs hold eval too
     dropped = {"pipeline", "stages", "dry_run", "run_name", "restart", *others}
     return {str(k): v for k, v in config.items() if k not in dropped}
 
@@ -139,7 +143,7 @@ def base_environment() -> dict[str, str]:
 IMPORTED_ONCE = (
     "deepspeed", "datasets", "transformers.models.llama.modeling_llama", "trl.trainer.sft_trainer",
     "trl.trainer.reward_trainer", "trl.trainer.dpo_trainer", "trl.trainer.grpo_trainer", "trl.trainer.kto_trainer",
-    "trl.experimental.orpo", "post_training.attempt", "post_training.stages.ppo",
+    "trl.trainer.rloo_trainer", "trl.experimental.orpo", "post_training.attempt", "post_training.stages.ppo",
 )  # fmt: skip
 """What attempts import and takes long. deepspeed as well: accelerate imports it where it is installed."""
 

@@ -9,8 +9,10 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from conf.schema import Reward
+from post_training.rewards.mathematics import math_verify
+from post_training.run.directory import RunDirectory
 
-RewardFunction = Callable[..., list[float]]
+RewardFunction = Callable[..., Sequence[float | None]]
 
 _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)  # the tag nearest to its end
 _NUMBER = re.compile(r"[-+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
@@ -28,10 +30,16 @@ def number(text: str) -> Decimal | None:
         return None
 
 
+def answer_text(text: str) -> str | None:
+    """What stands in the last <answer>...</answer> of a completion, stripped; None without one."""
+    answers = _ANSWER.findall(text)
+    return answers[-1].strip() if answers else None
+
+
 def parse_answer(text: str) -> Decimal | None:
     """The number in the last <answer>...</answer> of a completion; None where there is no such number."""
-    answers = _ANSWER.findall(text)
-    return number(answers[-1]) if answers else None
+    found = answer_text(text)
+    return None if found is None else number(found)
 
 
 def is_correct(text: str, answer: str) -> bool:
@@ -70,7 +78,22 @@ def random(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list
     return [flip(p, c) for p, c in zip(prompts, completions, strict=True)]
 
 
-def reward_functions(weights: Reward) -> tuple[list[RewardFunction], list[float]]:
-    """The functions with a weight other than 0, and their weights."""
-    chosen = [(f, w) for f, w in ((correct, weights.correct), (format, weights.format), (random, weights.random)) if w]
+def reward_functions(weights: Reward, run: RunDirectory | None = None) -> tuple[list[RewardFunction], list[float]]:
+    """The functions with a weight other than 0, and their weights.
+
+    run: where the copies of the user's own functions are. Raises DataError for one that cannot be loaded.
+    """
+    from post_training.rewards import custom
+
+    known: list[tuple[RewardFunction, float]] = [
+        (correct, weights.correct),
+        (math_verify, weights.math_verify),
+        (format, weights.format),
+        (random, weights.random),
+    ]
+    chosen = [(function, weight) for function, weight in known if weight]
+    for named in weights.functions:
+        assert run is not None
+        if named.weight:
+            chosen.append((custom.load(named, run), named.weight))
     return [f for f, _ in chosen], [w for _, w in chosen]

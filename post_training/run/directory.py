@@ -101,6 +101,10 @@ class RunDirectory:
     def code(self) -> Path:
         return self.root / "code"
 
+    def function_file(self, sha256: str) -> Path:
+        """The run's copy of a Python file of the user's own, by the hash of its content."""
+        return self.code / "functions" / f"{sha256[:16]}.py"
+
     @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
@@ -108,6 +112,11 @@ class RunDirectory:
     def staging(self, attempt: int) -> Path:
         """Where an attempt writes its checkpoints; each is renamed into `checkpoints` once it is whole."""
         return self.checkpoints / f".attempt-{attempt}"
+
+    @property
+    def reference_log_probs(self) -> Path:
+        """What the reference says of each row, where that was asked once before training."""
+        return self.checkpoints / "reference_log_probs"
 
     @property
     def inference_checkpoints(self) -> Path:
@@ -122,6 +131,11 @@ class RunDirectory:
     def results(self) -> Path:
         """An eval stage's figures, inside its output."""
         return self.model / "results.json"
+
+    @property
+    def held_out(self) -> Path:
+        """Figures on held-out rows of a stage that trained, inside its output."""
+        return self.model / "held_out.json"
 
     @property
     def samples(self) -> Path:

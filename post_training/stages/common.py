@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from omegaconf import OmegaConf
 
-from conf.check import accumulation_steps
+from conf.check import accumulation_steps, world_size
 from conf.schema import Config
 from post_training import data
 from post_training.adapters import is_adapter, quantization
@@ -196,8 +196,8 @@ def trainer_arguments(stage: Stage, lr: float) -> dict[str, Any]:
     if training.max_steps is not None:
         length["max_steps"] = training.max_steps
     elif training.num_training_samples is not None:
-        # grpo asks each prompt several times: its batch counts completions, its length prompts
-        samples_per_step = training.effective_batch_size // (cfg.grpo.num_generations if cfg.stage == "grpo" else 1)
+        # grpo and rloo ask each prompt several times: their batch counts completions, their length prompts
+        samples_per_step = training.effective_batch_size // getattr(getattr(cfg, cfg.stage), "num_generations", 1)
         length["max_steps"] = -(-training.num_training_samples // samples_per_step)
     elif training.num_train_epochs is not None:
         length["num_train_epochs"] = training.num_train_epochs
@@ -205,6 +205,7 @@ def trainer_arguments(stage: Stage, lr: float) -> dict[str, Any]:
         "output_dir": str(stage.run.checkpoints),
         **length,
         "per_device_train_batch_size": training.per_device_train_batch_size,
+        "per_device_eval_batch_size": training.per_device_train_batch_size,
         "gradient_accumulation_steps": accumulation_steps(cfg),
         "learning_rate": lr,
         "lr_scheduler_type": training.lr_scheduler,
@@ -233,6 +234,17 @@ def trainer_arguments(stage: Stage, lr: float) -> dict[str, Any]:
         "dataloader_pin_memory": not on_cpu,
         "dataloader_num_workers": cfg.training.dataloader_num_workers,
     }
+
+
+def held_out(stage: Stage, rows: Dataset) -> Dataset | None:
+    """At most `eval.num_problems` rows, judged once at the end of training; None where there is less than a batch.
+
+    They fill whole batches on all ranks, so that the mean of the batches' figures is the mean of the rows'.
+    """
+    training = stage.cfg.training
+    at_once = training.per_device_train_batch_size * world_size(stage.cfg)
+    count = min(len(rows), stage.cfg.eval.num_problems) // at_once * at_once
+    return rows.select(range(count)) if count else None
 
 
 def token_counts(rows: Dataset) -> list[int]:

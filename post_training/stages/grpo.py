@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch.utils.data import Sampler
 from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
@@ -34,8 +35,22 @@ class EpochSampler(RepeatSampler):
         return super().__iter__()
 
 
-class GrpoTrainer(ExactResume, GRPOTrainer):
-    """TRL's GRPOTrainer, resumed exactly: also past the first epoch, and while a generation is in use."""
+class Groups(ExactResume):
+    """To be mixed in before TRL's GRPOTrainer and RLOOTrainer, which sample groups of completions of one prompt.
+
+    They are resumed exactly, also past the first epoch and while a generation is in use; and what a group's rewards
+    look like is logged: a group whose rewards are all equal teaches nothing.
+    """
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Rewards by function, of all ranks: [completions, functions]; nan where a function does not apply."""
+        rewards = super()._calculate_rewards(*args, **kwargs)
+        if self.model.training:
+            weights = self.reward_weights.to(rewards.device)
+            figures = group_figures((rewards * weights).nansum(dim=1).view(-1, self.num_generations))
+            for name, value in figures.items():
+                self._metrics["train"][f"groups/{name}"].append(value)
+        return rewards
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
         args = self.args
@@ -67,11 +82,26 @@ class GrpoTrainer(ExactResume, GRPOTrainer):
         self._buffered_inputs = state["_buffered_inputs"] if same_ranks else None  # None: generated anew
 
 
+class GrpoTrainer(Groups, GRPOTrainer):
+    """TRL's GRPOTrainer, resumed exactly."""
+
+
+def group_figures(rewards: torch.Tensor) -> dict[str, float]:
+    """Of the summed rewards of groups, [groups, completions of one prompt]: the means over groups of each one's mean,
+    sample standard deviation and best, and the fraction of groups that are informative: not all rewards equal."""
+    return {
+        "reward_mean": rewards.mean().item(),
+        "reward_std": rewards.std(dim=1).mean().item(),
+        "reward_best": rewards.amax(dim=1).mean().item(),
+        "informative": (rewards.amax(dim=1) - rewards.amin(dim=1) > 1e-6).float().mean().item(),
+    }
+
+
 def build_trainer(stage: Stage) -> Trainer:
     """By default one generation serves one optimizer step: its whole effective batch at once."""
     cfg = stage.cfg
     assert stage.model_path is not None
-    functions, weights = reward_functions(cfg.grpo.reward)
+    functions, weights = reward_functions(cfg.grpo.reward, stage.run)
     args = GRPOConfig(
         **trainer_arguments(stage, cfg.grpo.lr),
         num_generations=cfg.grpo.num_generations,
@@ -81,6 +111,11 @@ def build_trainer(stage: Stage) -> Trainer:
         temperature=cfg.grpo.temperature,
         beta=cfg.grpo.beta,
         loss_type=cfg.grpo.loss_type,
+        epsilon=cfg.grpo.epsilon,
+        epsilon_high=cfg.grpo.epsilon_high,
+        scale_rewards=cfg.grpo.scale_rewards,
+        importance_sampling_level=cfg.grpo.importance_sampling_level,
+        mask_truncated_completions=cfg.grpo.mask_truncated_completions,
         reward_weights=weights,
     )
     model = load_causal_lm(cfg, stage.model_path, stage.tokenizer, trained=True)

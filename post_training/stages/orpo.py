@@ -7,7 +7,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from post_training import data
 from post_training.adapters import lora_config
-from post_training.stages.common import Stage, load_causal_lm, trainer_arguments, without_dropout
+from post_training.stages.common import Stage, held_out, load_causal_lm, trainer_arguments, without_dropout
 from post_training.stages.exact import ExactResume
 
 
@@ -19,6 +19,7 @@ def build_trainer(stage: Stage) -> Trainer:
     """Training on preference pairs: the loss on the chosen answer, and `orpo.beta` times the log odds ratio's."""
     cfg = stage.cfg
     assert stage.model_path is not None
+    source = data.load(cfg.data)
     args = ORPOConfig(
         **trainer_arguments(stage, cfg.orpo.lr),
         beta=cfg.orpo.beta,
@@ -29,7 +30,8 @@ def build_trainer(stage: Stage) -> Trainer:
     return OrpoTrainer(
         model=model,
         args=args,
-        train_dataset=data.load(cfg.data).preferences("train"),
+        train_dataset=source.preferences("train"),
+        eval_dataset=held_out(stage, source.preferences("held_out")),
         processing_class=stage.tokenizer,
         peft_config=lora_config(stage, model),
     )

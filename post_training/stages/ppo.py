@@ -44,6 +44,7 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from post_training import data
+from post_training.data.source import DataError
 from post_training.rewards.verify import reward_functions
 from post_training.stages.common import Stage, load_causal_lm, load_reward_model, trainer_arguments
 from post_training.stages.exact import ExactResume
@@ -251,13 +252,14 @@ class PolicyWithValue(PreTrainedModel):
         nn.init.zeros_(self.value_head.bias)
         if value_init == "rm":
             head = getattr(reward_model, "score", None)
-            if head is None or head.weight.shape != self.value_head.weight.shape:
-                shape = None if head is None else tuple(head.weight.shape)
-                raise ValueError(
-                    f"value_init=rm needs a reward model with a score head of shape {(1, hidden)}, found "
-                    f"{shape}; set value_init=policy to start the values at zero"
-                )
-            self.value_head.weight.data.copy_(head.weight.data)
+            with _gathered([] if head is None else [head.weight]):
+                if head is None or head.weight.shape != self.value_head.weight.shape:
+                    shape = None if head is None else tuple(head.weight.shape)
+                    raise DataError(
+                        f"ppo.value_init=rm: needs a reward model with a score head of shape {(1, hidden)}, found "
+                        f"{shape}\n  fix: ppo.value_init=policy, which starts the values at zero"
+                    )
+                self.value_head.weight.data.copy_(head.weight.data)
         elif value_init != "policy":
             raise ValueError(f"value_init is {value_init!r}; it must be one of policy, rm")
         self.post_init()
@@ -326,6 +328,18 @@ class PolicyWithValue(PreTrainedModel):
         self.policy.save_pretrained(path, state_dict=state_dict)
         if tokenizer is not None:
             tokenizer.save_pretrained(path)
+
+
+@contextlib.contextmanager
+def _gathered(weights: list[Tensor]) -> Iterator[None]:
+    """The whole weights, also where ZeRO-3 has shared them out."""
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(weights):
+        yield
 
 
 # ---- the arguments -----------------------------------------------------------------------------
@@ -734,7 +748,7 @@ class PPOTrainer(ExactResume):
             for name, weight, func in zip(
                 self.reward_names, self.reward_weights, self.reward_funcs, strict=True
             ):
-                values = func(prompts=prompts, completions=completions, **columns)
+                values = func(prompts=prompts, completions=completions, completion_ids=ids, **columns)
                 if len(values) != len(rows):
                     raise ValueError(
                         f"reward function {name} gave {len(values)} rewards for {len(rows)} completions"
@@ -868,7 +882,7 @@ def build_trainer(stage: Stage) -> Trainer:
     """PPO from a run's config: verifiable rewards, a reward model's score, or both, each with its weight."""
     cfg, tokenizer = stage.cfg, stage.tokenizer
     assert stage.model_path is not None
-    functions, weights = reward_functions(cfg.ppo.reward)
+    functions, weights = reward_functions(cfg.ppo.reward, stage.run)
     args = PPOArguments(
         **trainer_arguments(stage, cfg.ppo.lr),
         max_completion_length=cfg.ppo.max_completion_length,
@@ -877,21 +891,31 @@ def build_trainer(stage: Stage) -> Trainer:
         gamma=cfg.ppo.gamma,
         lam=cfg.ppo.lam,
         clip_range=cfg.ppo.clip_range,
+        value_clip_range=cfg.ppo.value_clip_range,
         value_coef=cfg.ppo.value_coef,
         kl_coef=cfg.ppo.kl_coef,
+        kl_estimator=cfg.ppo.kl_estimator,
+        adaptive_kl=cfg.ppo.adaptive_kl,
+        kl_target=cfg.ppo.kl_target,
+        kl_horizon=cfg.ppo.kl_horizon,
+        whiten_advantages=cfg.ppo.whiten_advantages,
+        whiten_rewards=cfg.ppo.whiten_rewards,
+        reward_clip=cfg.ppo.reward_clip,
+        missing_eos_penalty=cfg.ppo.missing_eos_penalty,
+        entropy_coef=cfg.ppo.entropy_coef,
     )
     reward_model = None
-    if cfg.ppo.reward_model_weight:
+    if cfg.ppo.reward_model_weight or cfg.ppo.value_init == "rm":
         assert stage.reward_model_path is not None
         reward_model = load_reward_model(cfg, stage.reward_model_path, tokenizer)
     return PPOTrainer(
-        model=PolicyWithValue(load_causal_lm(cfg, stage.model_path, tokenizer)),
+        model=PolicyWithValue(load_causal_lm(cfg, stage.model_path, tokenizer), reward_model, cfg.ppo.value_init),
         ref_model=load_causal_lm(cfg, stage.reference_path or stage.model_path, tokenizer),
         reward_funcs=functions,
         reward_weights=weights,
         args=args,
         train_dataset=data.load(cfg.data).problems("train"),
         processing_class=tokenizer,
-        reward_model=reward_model,
+        reward_model=reward_model if cfg.ppo.reward_model_weight else None,  # else it lent its head, no more
         reward_model_weight=cfg.ppo.reward_model_weight,
     )

@@ -6,9 +6,10 @@ from transformers import Trainer
 from trl import RewardConfig, RewardTrainer
 
 from conf.schema import Config
+from post_training import data
 from post_training.adapters import lora_config
 from post_training.data.prepared import Preparation, Prepared, train_rows
-from post_training.stages.common import Stage, load_reward_model, trainer_arguments, without_dropout
+from post_training.stages.common import Stage, held_out, load_reward_model, trainer_arguments, without_dropout
 from post_training.stages.exact import ExactResume
 
 
@@ -37,6 +38,7 @@ def build_trainer(stage: Stage) -> Trainer:
         model=model,
         args=args,
         train_dataset=rows,
+        eval_dataset=held_out(stage, data.load(cfg.data).preferences("held_out")),
         processing_class=stage.tokenizer,
         peft_config=lora_config(stage, model, "SEQ_CLS"),
     )
