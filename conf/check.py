@@ -13,7 +13,8 @@ from conf.schema import LENGTHS, TECHNIQUES, Config
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16", "float16"),
     "training.lr_scheduler": ("cosine", "linear", "constant", "constant_with_warmup"),
-    "parallel.strategy": ("ddp", "zero2", "zero3"),
+    "model.architecture": ("llama", "qwen3", "gpt2"),
+    "parallel.strategy": ("ddp", "zero2", "zero3", "fsdp2"),
     "data.name": ("arithmetic", "gsm8k", "hh_rlhf"),
     "cluster.scheduler": ("slurm", "local", "auto"),
 }
@@ -45,6 +46,8 @@ AT_LEAST: dict[str, float] = {
     "eval.max_new_tokens": 1,
     "parallel.timeout_minutes": 1,
 }
+FSDP2 = ("base", "sft", "dpo")
+"""Stages that run under parallel=fsdp2."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*")
 
 
@@ -194,6 +197,15 @@ def _check_model(cfg: Config) -> None:
             "model.num_heads", cfg.model.num_heads, f"must divide model.hidden_size={cfg.model.hidden_size}",
             f"model.num_heads={_nearest_divisor(cfg.model.hidden_size, cfg.model.num_heads)}",
         )  # fmt: skip
+    heads, kv_heads = cfg.model.num_heads, cfg.model.num_kv_heads
+    if kv_heads is not None and (kv_heads < 1 or heads % kv_heads):
+        raise ConfigError(
+            "model.num_kv_heads", kv_heads, f"must divide model.num_heads={heads}",
+            f"model.num_kv_heads={_nearest_divisor(heads, kv_heads)}",
+        )  # fmt: skip
+    if cfg.model.name_or_path is None and cfg.model.architecture != "llama":
+        fix = "model.architecture=llama, or model.name_or_path=<a pretrained model>"
+        raise ConfigError("model.architecture", cfg.model.architecture, "a model from scratch is a llama", fix)
     if cfg.stage == "base" and cfg.training.max_length > cfg.model.max_position_embeddings:
         raise ConfigError(
             "training.max_length", cfg.training.max_length,
@@ -256,6 +268,12 @@ def _check_parallel(cfg: Config) -> None:
     if cfg.parallel.strategy != "ddp" and world_size(cfg) == 1:
         problem = "there is one rank, which has nobody to share the model with"
         raise ConfigError("parallel.strategy", cfg.parallel.strategy, problem, "parallel=ddp, or more ranks")
+    if cfg.parallel.offload and cfg.parallel.strategy not in ("zero2", "zero3"):
+        problem = f"parallel.strategy={cfg.parallel.strategy} keeps all on the GPU"
+        raise ConfigError("parallel.offload", "true", problem, "parallel=zero3_offload, or parallel.offload=false")
+    if cfg.parallel.strategy == "fsdp2" and cfg.stage not in FSDP2:
+        problem = f"{cfg.stage} has not been made to work with it"
+        raise ConfigError("parallel.strategy", "fsdp2", problem, "parallel=zero3")
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

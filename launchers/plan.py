@@ -71,7 +71,8 @@ def determining(frozen: Frozen) -> dict[str, Any]:
     inputs = {role: source and (source["identity"] or source["path"]) for role, source in frozen["inputs"].items()}
     parts = {section: frozen[section] for section in ("stage", "seed", "model", "data", "training", stage)}
     parts["training"] = {k: v for k, v in parts["training"].items() if k != "dataloader_num_workers"}
-    return {**parts, "parallel": {"strategy": frozen["parallel"]["strategy"]}, "inputs": inputs}
+    shared = {key: frozen["parallel"].get(key, False) for key in ("strategy", "offload")}
+    return {**parts, "parallel": shared, "inputs": inputs}
 
 
 def identity(frozen: Frozen) -> str:

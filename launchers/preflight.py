@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import sys
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from conf import memory
 from conf.check import ConfigError, nearest, parse_wall_time, tasks_per_node
 from conf.schema import Config
 from launchers import graph, slurm
@@ -67,6 +69,21 @@ def check_paths(cfg: Config) -> None:
             "data.path", None, f"{cfg.data.name} would come from its hub, and offline=true asks none",
             "data.path=<a local file or folder>, or offline=false",
         )  # fmt: skip
+
+
+def check_memory(cfg: Config) -> None:
+    """Refuse what cannot fit into the GPUs. A local model's config.json is believed before the config's keys."""
+    shape = memory.shape_of(cfg.model)
+    for source in (cfg.inputs.model, cfg.model.name_or_path):
+        about = Path(source).expanduser() / "config.json" if source is not None else None
+        if about is not None and about.is_file():
+            try:
+                found = json.loads(about.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                found = {}
+            shape = memory.shape_from_json(found) if isinstance(found, dict) else None
+            break
+    memory.check(cfg, shape)
 
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
