@@ -216,8 +216,8 @@ def frozen_models(cfg: Config) -> list[str]:
         held = [] if lora or getattr(section, "precompute_ref_log_probs", False) else ["reference model"]
     elif cfg.stage in ("grpo", "rloo"):
         held = ["reference model"] if getattr(section, "beta", 0) and not lora else []
-    elif cfg.stage == "sft" and getattr(section, "kl_coef", 0):
-        held = [] if lora else ["reference model"]
+    elif cfg.stage == "sft":
+        held = ["reference model"] if getattr(section, "kl_coef", 0) and not lora else []
     if cfg.stage == "ppo" and cfg.ppo.reward_model_weight:
         held.append("reward model")
     return held
