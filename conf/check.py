@@ -14,7 +14,8 @@ from conf.schema import LENGTHS, TECHNIQUES, TEMPLATES, UNTRAINED, Config, Grpo,
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16", "float16"),
     "training.lr_scheduler": ("cosine", "linear", "constant", "constant_with_warmup"),
-    "parallel.strategy": ("ddp", "zero2", "zero3"),
+    "model.architecture": ("llama", "qwen3", "gpt2"),
+    "parallel.strategy": ("ddp", "zero2", "zero3", "fsdp2"),
     "data.name": tuple(KNOWN),
     "data.quality.dedup": ("none", "exact", "near"),
     "cluster.scheduler": ("slurm", "local", "auto"),
@@ -66,7 +67,6 @@ AT_LEAST: dict[str, float] = {
     "eval.max_new_tokens": 1,
     "parallel.timeout_minutes": 1,
     "lora.r": 1,
-    "model.vocab_size": 265,
     "lora.alpha": 1,
     "sft.kl_coef": 0,
     "sft.neftune_noise_alpha": 0,
@@ -79,6 +79,8 @@ AT_LEAST: dict[str, float] = {
     "sample.batch_size": 1,
 }
 LORA_STAGES = ("sft", "distill", "rm", "dpo", "orpo", "kto", "grpo")
+FSDP2 = ("base", "sft", "dpo")
+"""Stages that run under parallel=fsdp2."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*")
 
 
@@ -176,7 +178,7 @@ def check_run(cfg: Config) -> None:
             if name not in TEMPLATES:
                 problem = f"must be some of {', '.join(TEMPLATES)}"
                 raise ConfigError("sft.random_templates", name, problem, nearest(name, TEMPLATES))
-    if cfg.stage in SAMPLING:
+    if cfg.stage in REWARDED:
         _check_reward(cfg)
     if cfg.stage == "dpo":
         _check_dpo(cfg)
@@ -219,7 +221,10 @@ def _check_dpo(cfg: Config) -> None:
 
 
 SAMPLING = ("ppo", "grpo", "rloo")
-"""Stages that train on their own samples, scored by rewards."""
+"""Stages that train on their own samples."""
+
+REWARDED = (*SAMPLING, "sample")
+"""Stages whose samples are scored by rewards."""
 
 
 def split_function(path: str) -> tuple[str, str]:
@@ -302,6 +307,9 @@ def _check_slurm(cfg: Config) -> None:
 
 
 def _check_model(cfg: Config) -> None:
+    if cfg.model.tokenizer == "train" and (cfg.model.vocab_size or 0) < 265:
+        problem = "model.tokenizer=train needs to know how many tokens it may make, 265 or more"
+        raise ConfigError("model.vocab_size", cfg.model.vocab_size, problem, "model.vocab_size=32000")
     if not 0 <= cfg.model.dropout < 1:
         raise ConfigError("model.dropout", cfg.model.dropout, "must be at least 0 and below 1", "model.dropout=0.1")
     if cfg.model.tokenizer == "train" and cfg.model.name_or_path is not None:
@@ -312,6 +320,15 @@ def _check_model(cfg: Config) -> None:
             "model.num_heads", cfg.model.num_heads, f"must divide model.hidden_size={cfg.model.hidden_size}",
             f"model.num_heads={_nearest_divisor(cfg.model.hidden_size, cfg.model.num_heads)}",
         )  # fmt: skip
+    heads, kv_heads = cfg.model.num_heads, cfg.model.num_kv_heads
+    if kv_heads is not None and (kv_heads < 1 or heads % kv_heads):
+        raise ConfigError(
+            "model.num_kv_heads", kv_heads, f"must divide model.num_heads={heads}",
+            f"model.num_kv_heads={_nearest_divisor(heads, kv_heads)}",
+        )  # fmt: skip
+    if cfg.model.name_or_path is None and cfg.model.architecture != "llama":
+        fix = "model.architecture=llama, or model.name_or_path=<a pretrained model>"
+        raise ConfigError("model.architecture", cfg.model.architecture, "a model from scratch is a llama", fix)
     if cfg.stage == "base" and cfg.training.max_length > cfg.model.max_position_embeddings:
         raise ConfigError(
             "training.max_length", cfg.training.max_length,
@@ -433,6 +450,12 @@ def _check_parallel(cfg: Config) -> None:
     if cfg.parallel.strategy != "ddp" and world_size(cfg) == 1:
         problem = "there is one rank, which has nobody to share the model with"
         raise ConfigError("parallel.strategy", cfg.parallel.strategy, problem, "parallel=ddp, or more ranks")
+    if cfg.parallel.offload and cfg.parallel.strategy not in ("zero2", "zero3"):
+        problem = f"parallel.strategy={cfg.parallel.strategy} keeps all on the GPU"
+        raise ConfigError("parallel.offload", "true", problem, "parallel=zero3_offload, or parallel.offload=false")
+    if cfg.parallel.strategy == "fsdp2" and cfg.stage not in FSDP2:
+        problem = f"{cfg.stage} has not been made to work with it"
+        raise ConfigError("parallel.strategy", "fsdp2", problem, "parallel=zero3")
 
 
 def _check_sample(cfg: Config) -> None:
@@ -445,8 +468,9 @@ def _check_sample(cfg: Config) -> None:
     if how.keep > how.num_samples:
         problem = f"there are sample.num_samples={how.num_samples} to keep from"
         raise ConfigError("sample.keep", how.keep, problem, f"sample.keep={how.num_samples}")
-    most = sum(max(0.0, w) for w in (how.reward.correct, how.reward.format, how.reward.random))
-    if how.min_reward > most:
+    reward = how.reward
+    most = sum(max(0.0, w) for w in (reward.correct, reward.math_verify, reward.format, reward.random))
+    if how.min_reward > most and not reward.functions:
         problem = f"the most that sample.reward can give is {most:g}"
         raise ConfigError("sample.min_reward", how.min_reward, problem, f"sample.min_reward={most:g}")
 

@@ -32,19 +32,28 @@ def _copy(value: Any) -> Any:
 
 @dataclass
 class Model:
+    """Of a pretrained model the keys from `architecture` on describe it for the memory estimate: its own config.json,
+    where it is a local folder, is believed before them; without vocab_size nothing is estimated."""
+
     name_or_path: str | None = key(None, "hub id or folder of the start model; null: built from the keys below")
     dtype: str = key("bfloat16", "dtype of the weights while training: float32, bfloat16 or float16")
     attn_implementation: str = key("sdpa", "attention kernel: sdpa, eager, flash_attention_2, ...")
     tokenizer: str = key("bytes", "'bytes', 'train' (BPE, on the base stage's documents), hub id or folder")
-    vocab_size: int = key(32000, "tokenizer=train: tokens at most, of which 265 are bytes, roles and tags")
     chat_template: str | None = key(
         None,
         "think_answer, chatml, llama3, qwen3, tulu3, alpaca, or a Jinja file; null: the tokenizer's own, if any",
     )
+    architecture: str = key("llama", "layers are as in llama, qwen3 or gpt2; from scratch: llama")
     hidden_size: int = key(128, "from scratch: width of the residual stream")
     intermediate_size: int = key(512, "from scratch: width of the MLP")
     num_layers: int = key(2, "from scratch: number of decoder layers")
     num_heads: int = key(4, "from scratch: number of attention heads; must divide hidden_size")
+    num_kv_heads: int | None = key(None, "from scratch: heads of keys and values; divides num_heads; null: num_heads")
+    head_dim: int | None = key(None, "from scratch: width of a head; null: hidden_size / num_heads")
+    vocab_size: int | None = key(
+        None,
+        "from scratch: least rows of the embedding; tokenizer=train: most tokens, of which 265 are bytes, roles, tags",
+    )
     max_position_embeddings: int = key(1024, "from scratch: longest sequence, tokens")
     initializer_range: float = key(0.02, "from scratch: standard deviation of the random weights")
     tie_word_embeddings: bool = key(True, "from scratch: input and output embeddings are one matrix")
@@ -164,11 +173,13 @@ class Cluster:
     slurm_cluster: str = key("h100", "auto: the conf/cluster/ file taken where SLURM answers")
     slurm_conf: str | None = key(None, "path exported as SLURM_CONF; null: the system's")
     python: str | None = key(None, "Python of the jobs; null: the one that submits")
+    gpu_memory_gb: float | None = key(None, "memory of one GPU, GiB: what cannot fit is refused; null: not checked")
 
 
 @dataclass
 class Parallel:
-    strategy: str = key("ddp", "how ranks share the work: ddp, zero2 or zero3 (DeepSpeed)")
+    strategy: str = key("ddp", "how ranks share the work: ddp, zero2 or zero3 (DeepSpeed), or fsdp2 (torch)")
+    offload: bool = key(False, "zero2, zero3: optimizer state, under zero3 the weights too, in the node's own memory")
     backend: str | None = key(None, "torch.distributed backend; null: nccl with GPUs, else gloo")
     timeout_minutes: int = key(60, "minutes a collective may take; more than slurm.watchdog_minutes, which tells why")
 

@@ -108,7 +108,8 @@ def determining(frozen: Frozen) -> dict[str, Any]:
     if frozen.get("lora", {}).get("r") is not None:  # configs of before it existed stay what they are
         parts["lora"] = frozen["lora"]
     parts["training"] = {k: v for k, v in parts["training"].items() if k != "dataloader_num_workers"}
-    return {**parts, "parallel": {"strategy": frozen["parallel"]["strategy"]}, "inputs": inputs}
+    shared = {key: frozen["parallel"].get(key, False) for key in ("strategy", "offload")}
+    return {**parts, "parallel": shared, "inputs": inputs}
 
 
 def identity(frozen: Frozen) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import json
 import os
 import re
 import sys
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from conf import memory
 from conf.chat import check as check_template
-from conf.check import SAMPLING, ConfigError, nearest, parse_wall_time, split_function, tasks_per_node
+from conf.check import REWARDED, ConfigError, nearest, parse_wall_time, split_function, tasks_per_node
 from conf.datasets import KNOWN, TRANSFORMS
 from conf.schema import Config
 from launchers import graph, slurm
@@ -74,7 +76,7 @@ def check_paths(cfg: Config) -> None:
             )  # fmt: skip
     if cfg.data.transform_file is not None:
         _check_transforms(cfg)
-    if cfg.stage in SAMPLING:
+    if cfg.stage in REWARDED:
         for function in getattr(cfg, cfg.stage).reward.functions:
             _check_function(f"{cfg.stage}.reward.functions", function.path)
 
@@ -127,6 +129,21 @@ def _check_function(key: str, path: str) -> None:
     functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
     if name not in functions:
         raise ConfigError(key, path, f"{file} defines no function {name}", nearest(name, functions))
+
+
+def check_memory(cfg: Config) -> None:
+    """Refuse what cannot fit into the GPUs. A local model's config.json is believed before the config's keys."""
+    shape = memory.shape_of(cfg.model)
+    for source in (cfg.inputs.model, cfg.model.name_or_path):
+        about = Path(source).expanduser() / "config.json" if source is not None else None
+        if about is not None and about.is_file():
+            try:
+                found = json.loads(about.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                found = {}
+            shape = memory.shape_from_json(found) if isinstance(found, dict) else None
+            break
+    memory.check(cfg, shape)
 
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")

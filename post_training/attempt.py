@@ -231,6 +231,7 @@ class AttemptCallback(TrainerCallback):
             with self.run.writing_as(self.attempt):
                 shutil.rmtree(folder, ignore_errors=True)  # of an attempt that got here before
                 partial.rename(folder)
+        self.trainer.meter.interrupt()
 
     def _record(self, event: str, **fields: Any) -> None:
         with self.run.writing_as(self.attempt):

@@ -48,6 +48,7 @@ def train(run: RunDirectory, attempt: int, progress: Progress, watchdog: Watchdo
     trainer.args.output_dir = str(run.staging(attempt))  # from there each checkpoint is renamed once it is whole
     follower = AttemptCallback(run, attempt, stage.cfg.checkpointing, stop_flag, progress, watchdog)
     follower.trainer = trainer
+    trainer.add_callback(trainer.meter)
     for callback in (*callbacks(stage.cfg, run, attempt), follower):  # what trackers wrote is safe before the manifest
         trainer.add_callback(callback)
     if stage.cfg.training.num_training_tokens is not None:

@@ -322,7 +322,8 @@ def test_identity_is_of_what_determines_the_weights(name: str, data: st.DataObje
     setattr(node, last, value)
     before, after = (freeze(c, "sft", "p", {}) for c in (BASE, cfg))
     determines = (
-        name.split(".")[0] in ("seed", "model", "data", "training", "sft", "stage") or name == "parallel.strategy"
+        name.split(".")[0] in ("seed", "model", "data", "training", "sft", "stage")
+        or name in ("parallel.strategy", "parallel.offload")
     ) and name != "training.dataloader_num_workers"
     assert (before["identity"] != after["identity"]) == (determines and old != value)
     assert set(changes(before, after)) == ({name} if determines and old != value else set())

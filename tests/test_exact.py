@@ -145,7 +145,8 @@ def cells(folder: Path, start: Path, scorer: Path) -> Cells:
     return Cells(folder, start, scorer)
 
 
-OF_THE_CLOCK = ("time", "step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second",
+OF_THE_CLOCK = ("time", "step_time", "tokens_per_second_per_gpu", "generated_tokens_per_second_per_gpu", "mfu",
+                "train_runtime", "train_samples_per_second", "train_steps_per_second",
                 "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")  # fmt: skip
 
 

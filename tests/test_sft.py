@@ -221,9 +221,8 @@ def test_base_packs_documents_end_to_end(folder: Path, packing: str) -> None:
     trainer = build_trainer(stage)
     texts = data.load(stage.cfg.data).documents("train")["text"]
     rows = [row["input_ids"] for row in trainer.train_dataset]
-    whole = sorted(stage.tokenizer.decode([i for row in rows for i in row]).split("<|end|>")[:-1]) if packing == "none" \
-        else sorted(stage.tokenizer.decode([i for row in unshuffled(rows, texts, stage) for i in row])
-                    .split("<|end|>")[:-1])  # fmt: skip
+    in_order = unshuffled(rows, texts, stage) if packing == "wrapped" else rows
+    whole = sorted(stage.tokenizer.decode([i for row in in_order for i in row]).split("<|end|>")[:-1])
     assert whole == sorted(texts)
     if packing == "wrapped":
         assert sorted(map(len, rows))[1:] == [32] * (len(rows) - 1)

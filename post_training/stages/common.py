@@ -74,6 +74,7 @@ def _own_tokenizer(cfg: Config, run: RunDirectory) -> PreTrainedTokenizerBase:
 
     folder = run.checkpoints / "tokenizer"  # where restart=true sets it aside
     if not folder.is_dir():
+        assert cfg.model.vocab_size is not None
         texts = data.load(cfg.data).documents("train")["text"]
         partial = folder.with_name(f".tokenizer-{os.environ.get('RANK', '0')}-{os.getpid()}")
         train_tokenizer(iter(texts), cfg.model.vocab_size).save_pretrained(str(partial))
@@ -103,11 +104,13 @@ def build_model(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMo
     model = cfg.model
     set_seed(cfg.seed)
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=max(len(tokenizer), model.vocab_size or 0),
         hidden_size=model.hidden_size,
         intermediate_size=model.intermediate_size,
         num_hidden_layers=model.num_layers,
         num_attention_heads=model.num_heads,
+        num_key_value_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
         max_position_embeddings=model.max_position_embeddings,
         tie_word_embeddings=model.tie_word_embeddings,
         initializer_range=model.initializer_range,

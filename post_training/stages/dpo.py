@@ -25,6 +25,8 @@ class ReferenceOnce(ExactResume):
     it is a file of the run, so that every attempt trains on the very same numbers.
     """
 
+    ref_model: Any
+
     def __init__(self, *args: Any, reference_folder: Path, **kwargs: Any) -> None:
         self.reference_folder = reference_folder
         super().__init__(*args, **kwargs)

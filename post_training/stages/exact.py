@@ -8,6 +8,7 @@ of its own kind is working on.
 from __future__ import annotations
 
 import logging
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from post_training.throughput import Meter
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,15 @@ class ExactResume(Trainer):
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
         if head is not None and not hasattr(head, "bias"):
             head.bias = None  # TRL's fused head reads it; peft's wrapper of a head with trained tokens lacks it
+    @cached_property
+    def meter(self) -> Meter:
+        """Tokens and time between log lines; to be added as a callback."""
+        return Meter()
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if model.training:
+            self.meter.count(inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def rank_state(self) -> dict[str, Any]:
         """This rank's state beyond the Trainer's: numbers, tensors, lists and dictionaries of them."""
@@ -51,6 +63,8 @@ class ExactResume(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Without the Trainer's summary at the end of a training that was stopped before its end."""
+        if "loss" in logs:
+            logs = logs | self.meter.figures(self)
         if "train_runtime" not in logs or self.state.global_step >= self.state.max_steps:
             super().log(logs, start_time)
 

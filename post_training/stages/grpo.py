@@ -68,6 +68,12 @@ class Groups(ExactResume):
             epoch=lambda: self.state.global_step // steps,
         )
 
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        made = super()._generate_and_score_completions(inputs)
+        if self.model.training:
+            self.meter.generated(made["completion_mask"])
+        return made
+
     def rank_state(self) -> dict[str, Any]:
         in_use = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
         return super().rank_state() | {

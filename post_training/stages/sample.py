@@ -164,7 +164,7 @@ def sample_shard(stage: Stage, model: PreTrainedModel, problems: Dataset, shard:
     from transformers import set_seed
 
     how, tokenizer = stage.cfg.sample, stage.tokenizer
-    functions, weights = reward_functions(how.reward)
+    functions, weights = reward_functions(how.reward, stage.run)
     tokenizer.padding_side = "left"
     prompts = list(problems["prompt"])
     texts = [tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p in prompts]
@@ -192,7 +192,7 @@ def sample_shard(stage: Stage, model: PreTrainedModel, problems: Dataset, shard:
     said = [[assistant(c["text"])] for c in completions]
     scores = [f(**{**columns, "prompts": columns["prompt"], "completions": said}) for f in functions]
     for i, completion in enumerate(completions):
-        completion["reward"] = sum(w * s[i] for w, s in zip(weights, scores, strict=True))
+        completion["reward"] = sum(w * (s[i] or 0.0) for w, s in zip(weights, scores, strict=True))
     return [
         {"prompt": row["prompt"], "answer": row["answer"],
          "completions": completions[i * how.num_samples : (i + 1) * how.num_samples]}

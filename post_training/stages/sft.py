@@ -58,6 +58,8 @@ class SftTrainer(ExactResume, Prepared, SFTTrainer):
     ) -> Any:
         if not self.kl_coef:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if model.training:
+            self.meter.count(inputs)
         labels = inputs["labels"][:, 1:]
         seen = {k: v for k, v in inputs.items() if k != "labels"} | {"use_cache": False}
         trained = labels != -100
