@@ -147,6 +147,8 @@ def test_a_mix_of_data_sets_from_files(tmp_path: Any) -> None:
     assert len(source.problems("held_out")) == 4
     with pytest.raises(DataError, match=r"data\.name=alpaca: has no prompts with answers"):
         source.problems("train")
+    with pytest.raises(DataError, match=r"data\.name=alpaca: has no preference pairs"):
+        data.load(Data(datasets=[parts[1]])).preferences("held_out")
     # what is held out in a mix is held out from each of its sets alone, too
     alone = data.load(Data("gsm8k", path=parts[2].path, held_out=2)).demonstrations("held_out")
     assert {r["messages"][0]["content"] for r in alone} <= set(held_out)

@@ -400,6 +400,8 @@ def test_a_transform_file_is_frozen_with_the_run(tmp_path: Path) -> None:
          ["data.datasets[1].name=text: has no demonstrations"]),
         (["data.datasets=[{name: gsm8k, path: R, held_out: 0}]"], ["data.datasets[0].held_out=0"]),
         (["data.datasets=[{name: gsm8k, wait: 2}]"], ["data.datasets"]),
+        (["data=gsm8k", "data.path=R", "data.subset=main"], ["data.subset=main: is a hub's"]),
+        (["data.datasets=[{name: gsm8k, path: R, subset: main}]"], ["data.datasets[0].subset=main: is a hub's"]),
         (["data.datasets=[{name: arithmetic}, {name: gsm8k}]", "offline=true"],
          ["data.datasets[1].path=null: gsm8k would come from its hub"]),
     ],
