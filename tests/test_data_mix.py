@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import signal
 from collections import Counter
 from typing import Any
 
@@ -17,6 +19,7 @@ from post_training import data
 from post_training.data import mix, quality
 from post_training.data.source import DataError, Samples, Source, Split, assistant, features, user
 from tests.records import PUBLISHED, write
+from tests.training import Attempt, hold, make_run, weights
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -144,9 +147,35 @@ def test_a_mix_of_data_sets_from_files(tmp_path: Any) -> None:
     assert len(source.problems("held_out")) == 4
     with pytest.raises(DataError, match=r"data\.name=alpaca: has no prompts with answers"):
         source.problems("train")
+    with pytest.raises(DataError, match=r"data\.name=alpaca: has no preference pairs"):
+        data.load(Data(datasets=[parts[1]])).preferences("held_out")
     # what is held out in a mix is held out from each of its sets alone, too
     alone = data.load(Data("gsm8k", path=parts[2].path, held_out=2)).demonstrations("held_out")
     assert {r["messages"][0]["content"] for r in alone} <= set(held_out)
+
+
+def test_a_stage_on_a_mix_reports_it_and_is_resumed_exactly(tmp_path: Any) -> None:
+    start = Attempt(make_run(tmp_path, "base", "training.max_steps=1", name="start")).finish().model
+    records = [{"question": f"{i} times 7?", "answer": f"So.\n#### {7 * i}"} for i in range(20)]
+    path = write(tmp_path / "g.jsonl", records + records[:5])
+    options = (
+        f"data.datasets=[{{name: arithmetic, weight: 0.25}}, {{name: gsm8k, path: {path}, weight: 1.5, held_out: 4}}]",
+        "data.quality.dedup=near", "training.max_steps=6", "training.effective_batch_size=8",
+        "training.per_device_train_batch_size=4",
+    )  # fmt: skip
+    calm = Attempt(make_run(tmp_path, "sft", *options, name="calm", model=start)).finish()
+    disturbed = hold(make_run(tmp_path, "sft", *options, name="disturbed", model=start))
+    first = Attempt(disturbed)
+    first.stop_at(5, first.kill)  # in the second pass over the mix; step 4 was saved
+    assert first.codes() == [-signal.SIGKILL]
+    Attempt(disturbed, 2).finish()
+    assert weights(disturbed) == weights(calm)
+    reports = [json.loads(run.data_report.read_text()) for run in (calm, disturbed)]
+    assert reports[0] == reports[1]
+    ((report,),) = reports[:1]
+    lost = sum(report["sources"][1]["dropped"].values())
+    assert lost >= 1 and report["sources"][1]["samples"] == 21 - lost
+    assert report["sources"][0]["rows"] == 12 and report["rows"] == 12 + report["sources"][1]["rows"]
 
 
 # ------------------------------------------------------------------------------------------------ quality

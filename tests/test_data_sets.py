@@ -344,7 +344,7 @@ def test_a_transform_file_is_frozen_with_the_run(tmp_path: Path) -> None:
     run = plan.stages["sft"].run
     place = run.read_config()["data"]["transform_file"]
     assert (run.code / place).read_text() == code and Path(place).name == "mine.py"
-    identity = plan.stages["sft"].frozen["identity"]
+    before = freeze(selected(tmp_path, *tokens).config("sft"), "sft", "p", {})
 
     # it is the text that counts, not the place
     elsewhere = own(tmp_path, code, "elsewhere.py")
@@ -352,7 +352,7 @@ def test_a_transform_file_is_frozen_with_the_run(tmp_path: Path) -> None:
     assert Path(freeze(moved, "sft", "p", {})["data"]["transform_file"]).parent == Path(place).parent
     file.write_text(code.replace("record['reply']", "'something else'"))
     changed = freeze(selected(tmp_path, *tokens).config("sft"), "sft", "p", {})
-    assert changed["identity"] != identity
+    assert changed["identity"] != before["identity"]
 
     # and the job takes its own copy, although the file was edited
     show = (
@@ -400,6 +400,8 @@ def test_a_transform_file_is_frozen_with_the_run(tmp_path: Path) -> None:
          ["data.datasets[1].name=text: has no demonstrations"]),
         (["data.datasets=[{name: gsm8k, path: R, held_out: 0}]"], ["data.datasets[0].held_out=0"]),
         (["data.datasets=[{name: gsm8k, wait: 2}]"], ["data.datasets"]),
+        (["data=gsm8k", "data.path=R", "data.subset=main"], ["data.subset=main: is a hub's"]),
+        (["data.datasets=[{name: gsm8k, path: R, subset: main}]"], ["data.datasets[0].subset=main: is a hub's"]),
         (["data.datasets=[{name: arithmetic}, {name: gsm8k}]", "offline=true"],
          ["data.datasets[1].path=null: gsm8k would come from its hub"]),
     ],
