@@ -316,7 +316,7 @@ def test_a_template_s_new_tokens_are_trained_too(folder: Path, tied: bool) -> No
 @pytest.mark.parametrize("kl_coef", [0.1])
 def test_qlora_trains_resumes_and_merges(folder: Path, start: Path, kl_coef: float) -> None:
     """bitsandbytes' kernels for the CPU hold the start model in four bits; the output is the 16 or 32-bit one."""
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason="run with PYTHONPATH=.venv/qlora, as `make test` does")
     options = (*LORA, "lora.quantize=nf4", "training.max_steps=4", f"sft.kl_coef={kl_coef}")
     calm = trained(folder, f"qlora-{kl_coef}", *options, model=start)
     expected, ours = merged_by_hand(start, calm.model / "adapter"), load_file(calm.model / "model.safetensors")
