@@ -408,9 +408,15 @@ def test_refused_at_submission(stage: str, overrides: list[str], key: str) -> No
     assert caught.value.key == key and caught.value.fix
 
 
-def test_4_bits_on_zero3_or_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapters_where_they_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 bits on ZeRO-3 or without the package, adapters under FSDP."""
     import importlib.util
 
+    from conf import check
+
+    shared = common.load_config(make_config("sft", "training.max_steps=1", "lora.r=4", "parallel.strategy=fsdp2"))
+    with pytest.raises(ConfigError, match="not written whole"):
+        check._check_lora(shared)
     options = ("training.max_steps=1", "lora.r=4", "lora.quantize=nf4")
     pair = ("parallel.strategy=zero3", "slurm.gpus_per_node=2", "training.per_device_train_batch_size=2")
     with pytest.raises(ConfigError, match="ZeRO-3"):
