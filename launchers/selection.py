@@ -153,4 +153,6 @@ def sources(selection: Selection, name: str) -> dict[str, str | None]:
         problem = f"no stage of the pipeline is {name}'s reward model"
         fix = f"inputs.reward_model=<folder>, pipeline.stages.{name}.reward_model=<stage>, or leave ppo.{key} out"
         raise ConfigError(f"ppo.{key}", getattr(cfg.ppo, key), problem, fix)
+    if result["data"] is None:  # most stages read a data set
+        del result["data"]
     return result
