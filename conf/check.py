@@ -10,12 +10,17 @@ from collections.abc import Iterable
 
 from conf.schema import LENGTHS, TECHNIQUES, Config, Grpo, Reward, Rloo
 
+GUARDRAILS = ("nan", "kl", "saturation", "entropy", "spike")
+"""Rules of `guardrails`, the worst first."""
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16", "float16"),
     "training.lr_scheduler": ("cosine", "linear", "constant", "constant_with_warmup"),
     "parallel.strategy": ("ddp", "zero2", "zero3"),
     "data.name": ("arithmetic", "gsm8k", "hh_rlhf"),
     "cluster.scheduler": ("slurm", "local", "auto"),
+    "guardrails.nan": ("off", "warn", "stop"),
+    **{f"guardrails.{rule}": ("off", "warn", "stop", "lower_lr") for rule in GUARDRAILS[1:]},
     "kto.loss_type": ("kto", "apo_zero_unpaired"),
     "ppo.value_init": ("policy", "rm"),
     "ppo.kl_estimator": ("k1", "k3"),
@@ -30,6 +35,10 @@ AT_LEAST: dict[str, float] = {
     "training.warmup_steps": 0,
     "training.weight_decay": 0,
     "training.dataloader_num_workers": 0,
+    "guardrails.kl_limit": 1e-6,
+    "guardrails.entropy_floor": 0,
+    "guardrails.spike_limit": 1,
+    "guardrails.window": 2,
     "ppo.num_ppo_epochs": 1,
     "ppo.kl_target": 0.001,
     "ppo.kl_horizon": 1,
@@ -144,6 +153,9 @@ def check_run(cfg: Config) -> None:
         _check_length(cfg)
         _check_batch(cfg)
         _check_parallel(cfg)
+    if not 0 < cfg.guardrails.lr_factor < 1:
+        problem = "must be above 0 and below 1"
+        raise ConfigError("guardrails.lr_factor", cfg.guardrails.lr_factor, problem, "guardrails.lr_factor=0.5")
     if cfg.stage in SAMPLING:
         _check_reward(cfg)
     if cfg.stage == "dpo":

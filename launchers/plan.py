@@ -29,7 +29,7 @@ from post_training.run.history import History, summarise
 
 PIPELINE_FILE = "pipeline.json"
 Frozen = dict[str, Any]
-SECTIONS = ("model", "data", "training", "checkpointing", "slurm", "cluster", "parallel", "logging")
+SECTIONS = ("model", "data", "training", "checkpointing", "slurm", "cluster", "parallel", "logging", "guardrails")
 
 
 # ------------------------------------------------------------------------------------ the frozen config
@@ -81,6 +81,8 @@ def determining(frozen: Frozen) -> dict[str, Any]:
     inputs = {role: source and (source["identity"] or source["path"]) for role, source in frozen["inputs"].items()}
     parts = {section: frozen[section] for section in ("stage", "seed", "model", "data", "training", stage)}
     parts["training"] = {k: v for k, v in parts["training"].items() if k != "dataloader_num_workers"}
+    if "lower_lr" in frozen.get("guardrails", {}).values():  # else they change no weight
+        parts["guardrails"] = frozen["guardrails"]
     return {**parts, "parallel": {"strategy": frozen["parallel"]["strategy"]}, "inputs": inputs}
 
 

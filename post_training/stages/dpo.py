@@ -22,6 +22,8 @@ class ReferenceOnce(ExactResume):
     it is a file of the run, so that every attempt trains on the very same numbers.
     """
 
+    ref_model: Any  # TRL's
+
     def __init__(self, *args: Any, reference_folder: Path, **kwargs: Any) -> None:
         self.reference_folder = reference_folder
         super().__init__(*args, **kwargs)
