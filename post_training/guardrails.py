@@ -172,7 +172,7 @@ class Guard(TrainerCallback):
         self.lines, self.streaks = [], {}
         for line in training_lines(state.log_history):  # of earlier attempts, whose alarms were heard
             self.lines.append(line)
-            _, self.streaks = look(self.lines, self.streaks, self.limits)
+            self.streaks = look(self.lines, self.streaks, self.limits)[1]
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
