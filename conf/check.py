@@ -8,7 +8,8 @@ import math
 import re
 from collections.abc import Iterable
 
-from conf.schema import LENGTHS, TECHNIQUES, Config, Grpo, Reward, Rloo
+from conf.datasets import KNOWN, STAGE_VIEWS, TRANSFORMS, VIEWS, having, views_of
+from conf.schema import LENGTHS, TECHNIQUES, TEMPLATES, UNTRAINED, Config, Grpo, Reward, Rloo
 
 GUARDRAILS = ("nan", "kl", "saturation", "entropy", "spike")
 """Rules of `guardrails`, the worst first."""
@@ -16,11 +17,16 @@ GUARDRAILS = ("nan", "kl", "saturation", "entropy", "spike")
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16", "float16"),
     "training.lr_scheduler": ("cosine", "linear", "constant", "constant_with_warmup"),
-    "parallel.strategy": ("ddp", "zero2", "zero3"),
-    "data.name": ("arithmetic", "gsm8k", "hh_rlhf"),
+    "model.architecture": ("llama", "qwen3", "gpt2"),
+    "parallel.strategy": ("ddp", "zero2", "zero3", "fsdp2"),
+    "data.name": tuple(KNOWN),
+    "data.quality.dedup": ("none", "exact", "near"),
     "cluster.scheduler": ("slurm", "local", "auto"),
     "guardrails.nan": ("off", "warn", "stop"),
     **{f"guardrails.{rule}": ("off", "warn", "stop", "lower_lr") for rule in GUARDRAILS[1:]},
+    "base.packing": ("none", "wrapped"),
+    "sft.loss_type": ("nll", "dft"),
+    "distill.loss_type": ("nll", "dft"),
     "kto.loss_type": ("kto", "apo_zero_unpaired"),
     "ppo.value_init": ("policy", "rm"),
     "ppo.kl_estimator": ("k1", "k3"),
@@ -62,11 +68,28 @@ AT_LEAST: dict[str, float] = {
     "logging.steps": 1,
     "data.held_out": 1,
     "data.max_samples": 1,
+    "data.quality.min_chars": 0,
+    "data.quality.max_chars": 1,
+    "data.quality.max_per_category": 1,
     "eval.num_problems": 1,
     "eval.batch_size": 1,
     "eval.max_new_tokens": 1,
     "parallel.timeout_minutes": 1,
+    "lora.r": 1,
+    "lora.alpha": 1,
+    "sft.kl_coef": 0,
+    "sft.neftune_noise_alpha": 0,
+    "distill.kl_coef": 0,
+    "distill.neftune_noise_alpha": 0,
+    "sample.num_prompts": 1,
+    "sample.num_samples": 1,
+    "sample.keep": 1,
+    "sample.max_completion_length": 1,
+    "sample.batch_size": 1,
 }
+LORA_STAGES = ("sft", "distill", "rm", "dpo", "orpo", "kto", "grpo")
+FSDP2 = ("base", "sft", "dpo")
+"""Stages that run under parallel=fsdp2."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*")
 
 
@@ -149,14 +172,25 @@ def check_run(cfg: Config) -> None:
         raise ConfigError("run_name", cfg.run_name, "is used as a folder's name", "use letters, digits and . _ - = , +")
     _check_slurm(cfg)
     _check_model(cfg)
-    if cfg.stage != "eval":
+    _check_data(cfg)
+    if cfg.stage not in UNTRAINED:
         _check_length(cfg)
         _check_batch(cfg)
         _check_parallel(cfg)
+        _check_lora(cfg)
     if not 0 < cfg.guardrails.lr_factor < 1:
         problem = "must be above 0 and below 1"
         raise ConfigError("guardrails.lr_factor", cfg.guardrails.lr_factor, problem, "guardrails.lr_factor=0.5")
-    if cfg.stage in SAMPLING:
+    if cfg.stage == "merge" and cfg.merge.adapter is None:
+        raise ConfigError("merge.adapter", None, "there is nothing to merge", "merge.adapter=<folder of an adapter>")
+    if cfg.stage == "sample":
+        _check_sample(cfg)
+    if cfg.stage == "sft":
+        for name in cfg.sft.random_templates:
+            if name not in TEMPLATES:
+                problem = f"must be some of {', '.join(TEMPLATES)}"
+                raise ConfigError("sft.random_templates", name, problem, nearest(name, TEMPLATES))
+    if cfg.stage in REWARDED:
         _check_reward(cfg)
     if cfg.stage == "dpo":
         _check_dpo(cfg)
@@ -199,7 +233,10 @@ def _check_dpo(cfg: Config) -> None:
 
 
 SAMPLING = ("ppo", "grpo", "rloo")
-"""Stages that train on their own samples, scored by rewards."""
+"""Stages that train on their own samples."""
+
+REWARDED = (*SAMPLING, "sample")
+"""Stages whose samples are scored by rewards."""
 
 
 def split_function(path: str) -> tuple[str, str]:
@@ -282,19 +319,82 @@ def _check_slurm(cfg: Config) -> None:
 
 
 def _check_model(cfg: Config) -> None:
+    if cfg.model.tokenizer == "train" and (cfg.model.vocab_size or 0) < 265:
+        problem = "model.tokenizer=train needs to know how many tokens it may make, 265 or more"
+        raise ConfigError("model.vocab_size", cfg.model.vocab_size, problem, "model.vocab_size=32000")
     if not 0 <= cfg.model.dropout < 1:
         raise ConfigError("model.dropout", cfg.model.dropout, "must be at least 0 and below 1", "model.dropout=0.1")
+    if cfg.model.tokenizer == "train" and cfg.model.name_or_path is not None:
+        problem = "a pretrained model brings its own"
+        raise ConfigError("model.tokenizer", "train", problem, "model.tokenizer=bytes (unused), or no name_or_path")
     if cfg.model.hidden_size % cfg.model.num_heads:
         raise ConfigError(
             "model.num_heads", cfg.model.num_heads, f"must divide model.hidden_size={cfg.model.hidden_size}",
             f"model.num_heads={_nearest_divisor(cfg.model.hidden_size, cfg.model.num_heads)}",
         )  # fmt: skip
+    heads, kv_heads = cfg.model.num_heads, cfg.model.num_kv_heads
+    if kv_heads is not None and (kv_heads < 1 or heads % kv_heads):
+        raise ConfigError(
+            "model.num_kv_heads", kv_heads, f"must divide model.num_heads={heads}",
+            f"model.num_kv_heads={_nearest_divisor(heads, kv_heads)}",
+        )  # fmt: skip
+    if cfg.model.name_or_path is None and cfg.model.architecture != "llama":
+        fix = "model.architecture=llama, or model.name_or_path=<a pretrained model>"
+        raise ConfigError("model.architecture", cfg.model.architecture, "a model from scratch is a llama", fix)
     if cfg.stage == "base" and cfg.training.max_length > cfg.model.max_position_embeddings:
         raise ConfigError(
             "training.max_length", cfg.training.max_length,
             f"the model has model.max_position_embeddings={cfg.model.max_position_embeddings}",
             f"training.max_length={cfg.model.max_position_embeddings}",
         )  # fmt: skip
+
+
+def _check_data(cfg: Config) -> None:
+    data, quality = cfg.data, cfg.data.quality
+    if not 0 < quality.near_threshold < 1:
+        fix = "data.quality.near_threshold=0.8, or data.quality.dedup=exact"
+        raise ConfigError("data.quality.near_threshold", quality.near_threshold, "must be between 0 and 1", fix)
+    if quality.min_chars is not None and quality.max_chars is not None and quality.min_chars > quality.max_chars:
+        problem = f"is more than data.quality.max_chars={quality.max_chars}: nothing would be left"
+        raise ConfigError("data.quality.min_chars", quality.min_chars, problem, "data.quality.min_chars=null")
+    if data.datasets:
+        for name in ("path", "subset", "split", "eval_path", "eval_split", "transform"):
+            if getattr(data, name) is not None:
+                fix = f"give {name} inside data.datasets" if name in ("path", "subset", "split", "transform") else ""
+                problem = "data.datasets says which records there are"
+                raise ConfigError(f"data.{name}", getattr(data, name), problem, fix or f"data.{name}=null")
+        for number, part in enumerate(data.datasets):
+            where = f"data.datasets[{number}]"
+            if part.name not in KNOWN:
+                raise ConfigError(f"{where}.name", part.name, "no such data set", nearest(part.name, KNOWN))
+            if not 0 < part.weight < math.inf:
+                problem = "must be above 0: 1 takes the whole set once"
+                raise ConfigError(f"{where}.weight", part.weight, problem, "a positive number, or leave the set out")
+            if part.held_out is not None and part.held_out < 1:
+                raise ConfigError(f"{where}.held_out", part.held_out, "must be at least 1", f"{where}.held_out=1")
+            _check_records(cfg, where, part.name, part.path, part.transform)
+    else:
+        _check_records(cfg, "data", data.name, data.path, data.transform)
+
+
+def _check_records(cfg: Config, where: str, name: str, path: str | None, transform: str | None) -> None:
+    """Refuse one data set that is not to be found, not to be read, or that the stage cannot train on."""
+    known, view = KNOWN[name], STAGE_VIEWS.get(cfg.stage)
+    if known.transform is None and (transform is not None or path is not None):
+        key, value = ("transform", transform) if transform is not None else ("path", path)
+        problem = f"{name} is generated: there is nothing to read"
+        raise ConfigError(f"{where}.{key}", value, problem, f"{where}.name=custom, or {where}.{key}=null")
+    if known.transform is not None and known.hub_id is None and path is None:
+        fix = f"{where}.path=<file, folder or hub id>"
+        raise ConfigError(f"{where}.path", None, f"{name} has no records of its own", fix)
+    if transform is not None and transform not in TRANSFORMS and cfg.data.transform_file is None:
+        fix = f"data.transform_file=<the file it is in>, or {nearest(transform, TRANSFORMS)}"
+        raise ConfigError(f"{where}.transform", transform, "no such transform", fix)
+    views = views_of(name, transform)
+    if view is not None and views is not None and view not in views:
+        key, value = ("transform", transform) if transform is not None else ("name", name)
+        fix = f"one that has: {', '.join(having(view))}; for this stage alone, as in {cfg.stage}.data={having(view)[0]}"
+        raise ConfigError(f"{where}.{key}", value, f"has no {VIEWS[view]}, which {cfg.stage} trains on", fix)
 
 
 def _check_length(cfg: Config) -> None:
@@ -362,6 +462,56 @@ def _check_parallel(cfg: Config) -> None:
     if cfg.parallel.strategy != "ddp" and world_size(cfg) == 1:
         problem = "there is one rank, which has nobody to share the model with"
         raise ConfigError("parallel.strategy", cfg.parallel.strategy, problem, "parallel=ddp, or more ranks")
+    if cfg.parallel.offload and cfg.parallel.strategy not in ("zero2", "zero3"):
+        problem = f"parallel.strategy={cfg.parallel.strategy} keeps all on the GPU"
+        raise ConfigError("parallel.offload", "true", problem, "parallel=zero3_offload, or parallel.offload=false")
+    if cfg.parallel.strategy == "fsdp2" and cfg.stage not in FSDP2:
+        problem = f"{cfg.stage} has not been made to work with it"
+        raise ConfigError("parallel.strategy", "fsdp2", problem, "parallel=zero3")
+
+
+def _check_sample(cfg: Config) -> None:
+    how = cfg.sample
+    if how.temperature <= 0:
+        problem = "every completion of a prompt would be the same"
+        raise ConfigError("sample.temperature", how.temperature, problem, "sample.temperature=1")
+    if not 0 < how.top_p <= 1:
+        raise ConfigError("sample.top_p", how.top_p, "must be above 0 and at most 1", "sample.top_p=0.95")
+    if how.keep > how.num_samples:
+        problem = f"there are sample.num_samples={how.num_samples} to keep from"
+        raise ConfigError("sample.keep", how.keep, problem, f"sample.keep={how.num_samples}")
+    reward = how.reward
+    most = sum(max(0.0, w) for w in (reward.correct, reward.math_verify, reward.format, reward.random))
+    if how.min_reward > most and not reward.functions:
+        problem = f"the most that sample.reward can give is {most:g}"
+        raise ConfigError("sample.min_reward", how.min_reward, problem, f"sample.min_reward={most:g}")
+
+
+def _check_lora(cfg: Config) -> None:
+    lora = cfg.lora
+    if not 0 <= lora.dropout < 1:
+        raise ConfigError("lora.dropout", lora.dropout, "must be at least 0 and below 1", "lora.dropout=0.05")
+    targets = lora.target_modules
+    if targets != "all-linear" and not (isinstance(targets, list) and targets):
+        fix = "lora.target_modules=all-linear, or a list as in [q_proj,v_proj]"
+        raise ConfigError("lora.target_modules", targets, "neither all-linear nor a list of layers' names", fix)
+    if lora.quantize not in (None, "nf4", "fp4"):
+        raise ConfigError("lora.quantize", lora.quantize, "must be nf4, fp4 or null", "lora.quantize=nf4")
+    if lora.r is None:
+        if lora.quantize is not None:
+            problem = "weights held in 4 bits cannot be trained; adapters beside them can"
+            raise ConfigError("lora.quantize", lora.quantize, problem, "lora.r=16")
+        return
+    if cfg.stage not in LORA_STAGES:
+        fix = f"give it to the stages that take it, as in sft.lora.r={lora.r}"
+        raise ConfigError("lora.r", lora.r, f"{cfg.stage} trains all weights", fix)
+    if lora.quantize is not None and cfg.parallel.strategy == "zero3":
+        problem = "ZeRO-3 cannot share weights held in 4 bits"
+        raise ConfigError("lora.quantize", lora.quantize, problem, "parallel=zero2, or lora.quantize=null")
+    # the Python that submits runs the jobs too, unless cluster.python says otherwise
+    if lora.quantize is not None and cfg.cluster.python is None and importlib.util.find_spec("bitsandbytes") is None:
+        fix = "pip install bitsandbytes (the extra [qlora]), or lora.quantize=null"
+        raise ConfigError("lora.quantize", lora.quantize, "the package bitsandbytes is not installed", fix)
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

@@ -32,15 +32,28 @@ def _copy(value: Any) -> Any:
 
 @dataclass
 class Model:
+    """Of a pretrained model the keys from `architecture` on describe it for the memory estimate: its own config.json,
+    where it is a local folder, is believed before them; without vocab_size nothing is estimated."""
+
     name_or_path: str | None = key(None, "hub id or folder of the start model; null: built from the keys below")
     dtype: str = key("bfloat16", "dtype of the weights while training: float32, bfloat16 or float16")
     attn_implementation: str = key("sdpa", "attention kernel: sdpa, eager, flash_attention_2, ...")
-    tokenizer: str = key("bytes", "'bytes' (no file needed), or hub id or folder; a pretrained model brings its own")
-    chat_template: str | None = key("think_answer", "'think_answer', a Jinja file's path, or null: the tokenizer's own")
+    tokenizer: str = key("bytes", "'bytes', 'train' (BPE, on the base stage's documents), hub id or folder")
+    chat_template: str | None = key(
+        None,
+        "think_answer, chatml, llama3, qwen3, tulu3, alpaca, or a Jinja file; null: the tokenizer's own, if any",
+    )
+    architecture: str = key("llama", "layers are as in llama, qwen3 or gpt2; from scratch: llama")
     hidden_size: int = key(128, "from scratch: width of the residual stream")
     intermediate_size: int = key(512, "from scratch: width of the MLP")
     num_layers: int = key(2, "from scratch: number of decoder layers")
     num_heads: int = key(4, "from scratch: number of attention heads; must divide hidden_size")
+    num_kv_heads: int | None = key(None, "from scratch: heads of keys and values; divides num_heads; null: num_heads")
+    head_dim: int | None = key(None, "from scratch: width of a head; null: hidden_size / num_heads")
+    vocab_size: int | None = key(
+        None,
+        "from scratch: least rows of the embedding; tokenizer=train: most tokens, of which 265 are bytes, roles, tags",
+    )
     max_position_embeddings: int = key(1024, "from scratch: longest sequence, tokens")
     initializer_range: float = key(0.02, "from scratch: standard deviation of the random weights")
     tie_word_embeddings: bool = key(True, "from scratch: input and output embeddings are one matrix")
@@ -48,18 +61,50 @@ class Model:
 
 
 @dataclass
+class Dataset:
+    """One of several data sets that are mixed; what is null is as in `data`, or as the data set has it."""
+
+    name: str = key(MISSING, "what the records are, as in data.name")
+    path: str | None = key(None, "records, as in data.path; null: the data set's own hub id")
+    subset: str | None = key(None, "configuration on the hub; null: the data set's own")
+    split: str | None = key(None, "split, as in data.split")
+    weight: float = key(1.0, "1: the whole set once; 0.3: a seeded 30 % of it; 2.5: twice, and a seeded half")
+    transform: str | None = key(None, "transform of the records, as in data.transform")
+    held_out: int | None = key(None, "records never trained on; null: data.held_out")
+
+
+@dataclass
+class Quality:
+    dedup: str = key("none", "duplicates dropped: none, exact (but for white space) or near (MinHash, slower)")
+    near_threshold: float = key(0.8, "dedup=near: samples are duplicates from this Jaccard similarity on, 0 to 1")
+    min_chars: int | None = key(None, "samples whose answer (or text) is shorter are dropped, characters; null: none")
+    max_chars: int | None = key(None, "samples that are longer as a whole are dropped, characters; null: none")
+    max_per_category: int | None = key(None, "at most so many samples of each category of each data set; null: all")
+
+
+@dataclass
 class Data:
-    name: str = key("arithmetic", "what the records are: arithmetic (generated), gsm8k or hh_rlhf")
-    path: str | None = key(None, "records: file, folder (JSON, JSONL, .gz, CSV, Parquet) or hub id; null: its own hub")
-    eval_path: str | None = key(None, "the same for held-out records; null: held_out records are kept from path")
+    name: str = key("arithmetic", "what the records are: a file in conf/data/ (arithmetic is generated)")
+    path: str | None = key(
+        None, "records: file, folder (JSON, JSONL, .gz, CSV, Parquet, .txt) or hub id; null: the data set's own hub id"
+    )
+    subset: str | None = key(None, "configuration on the hub (hh_rlhf: folder); null: the data set's own")
+    split: str | None = key(None, "split, as in train or train[:10%]; null: the data set's own, of local files all")
+    eval_path: str | None = key(None, "held-out records, as in path; null: from eval_split, or kept from the others")
+    eval_split: str | None = key(None, "split of held-out records; null: the data set's own, or kept from split")
     held_out: int = key(1024, "records or problems never trained on, used by evaluation")
-    max_samples: int | None = key(None, "at most so many training records, after shuffling; null: all")
+    datasets: list[Dataset] = key([], "several data sets mixed, as in [{name: alpaca, weight: 0.5}, {name: gsm8k}]")
+    transform: str | None = key(None, "function that turns a record into samples; null: the data set's own")
+    transform_file: str | None = key(None, "Python file with transforms of your own; frozen with the run")
+    quality: Quality = key(Quality(), "which samples are dropped before training")
+    max_samples: int | None = key(None, "at most so many training samples, after filters, mixing and shuffling")
     num_documents: int = key(25600, "arithmetic: documents for the base stage")
     num_demonstrations: int = key(8000, "arithmetic: demonstrations for sft")
     num_pairs: int = key(2000, "arithmetic: preference pairs for rm, dpo, orpo and kto")
     num_prompts: int = key(4000, "arithmetic: prompts for ppo, grpo and rloo")
     worked_fraction: float = key(0.7, "arithmetic: share of base documents with worked columns, 0 to 1")
-    seed: int = key(0, "seed of generation, of the held-out split and of shuffling records")
+    system_prompt: str | None = key(None, "system message of conversations that have none; null: none is added")
+    seed: int = key(0, "seed of generation, of the held-out split, of mixing and of shuffling records")
 
 
 @dataclass
@@ -78,6 +123,15 @@ class Training:
     max_grad_norm: float = key(1.0, "gradient norm is clipped to this")
     gradient_checkpointing: bool = key(False, "recompute activations in the backward pass to save memory")
     dataloader_num_workers: int = key(0, "processes that prepare batches, on each rank; 0: the trainer itself")
+
+
+@dataclass
+class Lora:
+    r: int | None = key(None, "rank of LoRA adapters, the only weights that are trained; null: all weights are trained")
+    alpha: int = key(32, "adapters are scaled by alpha / r")
+    dropout: float = key(0.0, "dropout of what goes into the adapters, 0 up to 1")
+    target_modules: Any = key("all-linear", "layers with adapters: all-linear (all but the head), or a list of names")
+    quantize: str | None = key(None, "start model held in 4 bits, nf4 or fp4 (QLoRA); needs bitsandbytes; null: not")
 
 
 @dataclass
@@ -119,11 +173,13 @@ class Cluster:
     slurm_cluster: str = key("h100", "auto: the conf/cluster/ file taken where SLURM answers")
     slurm_conf: str | None = key(None, "path exported as SLURM_CONF; null: the system's")
     python: str | None = key(None, "Python of the jobs; null: the one that submits")
+    gpu_memory_gb: float | None = key(None, "memory of one GPU, GiB: what cannot fit is refused; null: not checked")
 
 
 @dataclass
 class Parallel:
-    strategy: str = key("ddp", "how ranks share the work: ddp, zero2 or zero3 (DeepSpeed)")
+    strategy: str = key("ddp", "how ranks share the work: ddp, zero2 or zero3 (DeepSpeed), or fsdp2 (torch)")
+    offload: bool = key(False, "zero2, zero3: optimizer state, under zero3 the weights too, in the node's own memory")
     backend: str | None = key(None, "torch.distributed backend; null: nccl with GPUs, else gloo")
     timeout_minutes: int = key(60, "minutes a collective may take; more than slurm.watchdog_minutes, which tells why")
 
@@ -146,6 +202,7 @@ class Inputs:
     model: str | None = key(None, "folder or hub id of the model to train; null: what the pipeline says")
     reference: str | None = key(None, "folder or hub id of the frozen reference; null: what the pipeline says")
     reward_model: str | None = key(None, "folder or hub id of the reward model; null: what the pipeline says")
+    data: str | None = key(None, "output folder of a sample stage to train on; null: what the pipeline says")
 
 
 # ------------------------------------------------------------------------------------------ techniques
@@ -154,12 +211,29 @@ class Inputs:
 @dataclass
 class Base:
     lr: float = key(3e-4, "peak learning rate")
+    packing: str = key("none", "none: a row is a document; wrapped: documents end to end, cut into rows of max_length")
 
 
 @dataclass
 class Sft:
     lr: float = key(2e-5, "peak learning rate")
     packing: bool = key(False, "several samples in one row (best-fit decreasing); needs flash_attention_2")
+    random_templates: list[str] = key([], "formats drawn per sample beside model.chat_template, as in [chatml,alpaca]")
+    loss_type: str = key("nll", "nll, or dft: each token's loss weighted by its probability (arXiv:2508.05629)")
+    kl_coef: float = key(0.0, "weight of the per-token KL to the start model, held as a frozen copy; 0: none")
+    neftune_noise_alpha: float | None = key(None, "strength of noise on embeddings (arXiv:2310.05914); null: none")
+
+
+@dataclass
+class Distill(Sft):
+    """As sft, on traces in think/answer form alone."""
+
+    lr: float = key(1e-5, "peak learning rate")
+
+
+@dataclass
+class Merge:
+    adapter: str | None = key(None, "folder of the LoRA adapter that is merged into the stage's model")
 
 
 @dataclass
@@ -289,10 +363,30 @@ class Guardrails:
 
 
 @dataclass
+class Sample:
+    reward: Reward = key(Reward(format=0.0), "weights of the verifiable rewards that say which completions are good")
+    num_prompts: int | None = key(None, "prompts asked, the first ones of the data; null: all")
+    num_samples: int = key(8, "completions sampled for each prompt")
+    keep: int = key(1, "different completions kept for each prompt: the best ones, of equals the shortest")
+    min_reward: float = key(1.0, "completions with less than this are never kept")
+    temperature: float = key(1.0, "sampling temperature")
+    top_p: float = key(1.0, "sampled from the likeliest tokens that make up this share, above 0 up to 1")
+    max_completion_length: int = key(256, "longest completion, tokens; one that is cut there is not kept")
+    batch_size: int = key(16, "prompts sampled together; after each batch the work so far is safe")
+
+
+@dataclass
 class Eval:
     max_new_tokens: int = key(256, "longest answer, tokens")
     batch_size: int = key(256, "prompts per generation batch")
     num_problems: int = key(512, "held-out problems or records scored")
+
+
+@dataclass
+class Prepare:
+    stages: list[str] = key([], "stages of the pipeline whose data is prepared; []: all of base, sft, rm and dpo")
+    num_proc: int | None = key(None, "processes that tokenise; null: as many as the job has CPU cores")
+    targets: dict[str, Any] = key({}, "what those stages' data depends on; filled in at submission")
 
 
 # ---------------------------------------------------------------------------------------------- graph
@@ -306,6 +400,7 @@ class Node:
     model: str | None = key(None, "the stage whose output it trains or evaluates")
     reference: str | None = key(None, "the stage whose output is its frozen reference; null: its own start model")
     reward_model: str | None = key(None, "the stage whose output scores its samples")
+    data: str | None = key(None, "the sample stage whose records it trains on: sft and distill; null: data.*")
     after: list[str] = key([], "further stages that must be done first")
     overrides: list[str] = key([], "Hydra overrides for this stage alone")
 
@@ -332,12 +427,15 @@ class Config:
     checkpointing: Checkpointing = key(Checkpointing(), "what is saved, and when")
     slurm: Slurm = key(Slurm(), "what each job asks for; under cluster=local wall time, signal and CPUs hold too")
     cluster: Cluster = key(Cluster(), "where jobs run")
+    lora: Lora = key(Lora(), "adapters instead of all weights: sft, distill, rm, dpo, orpo, kto and grpo")
     parallel: Parallel = key(Parallel(), "how ranks share the work")
     logging: Logging = key(Logging(), "what is logged, and where to")
     paths: Paths = key(Paths(), "folders")
     inputs: Inputs = key(Inputs(), "models from outside the pipeline")
     base: Base = key(Base(), "base stage: a causal LM from scratch")
     sft: Sft = key(Sft(), "sft stage: supervised fine-tuning, loss on assistant tokens")
+    distill: Distill = key(Distill(), "distill stage: supervised fine-tuning on reasoning traces")
+    merge: Merge = key(Merge(), "merge stage: an adapter merged into its model")
     rm: Rm = key(Rm(), "rm stage: Bradley-Terry reward model")
     ppo: Ppo = key(Ppo(), "ppo stage")
     dpo: Dpo = key(Dpo(), "dpo stage")
@@ -346,12 +444,25 @@ class Config:
     grpo: Grpo = key(Grpo(), "grpo stage")
     rloo: Rloo = key(Rloo(), "rloo stage: REINFORCE with the other completions' mean reward as the baseline")
     guardrails: Guardrails = key(Guardrails(), "what is done when training goes wrong")
+    sample: Sample = key(Sample(), "sample stage: rejection sampling, records for sft from a model's best answers")
     eval: Eval = key(Eval(), "eval stage: held-out judgement of one model")
+    prepare: Prepare = key(Prepare(), "prepare stage: data tokenised and packed before its stages start, on CPUs")
     pipeline: Pipeline = key(Pipeline(), "the graph of stages")
     stages: dict[str, Any] = key({}, "what `<stage>.<key>=...` on the command line sets for one stage alone")
 
 
-TECHNIQUES = ("base", "sft", "rm", "ppo", "dpo", "orpo", "kto", "grpo", "rloo", "eval")
+TECHNIQUES = (
+    "base", "sft", "distill", "merge", "rm", "ppo", "dpo", "orpo", "kto", "grpo", "rloo", "sample", "eval", "prepare",
+)  # fmt: skip
 """Stages with a section of their own in the config, and a file in post_training/stages/."""
+
+UNTRAINED = ("merge", "sample", "eval", "prepare")
+"""Stages that take no steps: length, batch, parallel and lora say nothing about them."""
+
+TEMPLATES = ("think_answer", "chatml", "llama3", "qwen3", "tulu3", "alpaca")
+"""Chat templates that have a name; their texts are in post_training/data/templates.py."""
+
+PREPARABLE = ("base", "sft", "rm", "dpo")
+"""Techniques whose data can be prepared before they start."""
 
 LENGTHS = ("max_steps", "num_training_samples", "num_training_tokens", "num_train_epochs")

@@ -133,7 +133,7 @@ def rewrite(token: str) -> str:
     known = keys()
     if first in ("stages", "hydra") or (first in known and first not in TECHNIQUES):
         return token
-    if section not in known or f"{first}.{section}" in known:
+    if (section not in known and rest not in groups()) or f"{first}.{section}" in known:
         return token
     if section in ONE_FOR_ALL:
         raise ConfigError(key, value, "is the same for all stages of a pipeline", f"{rest}={value}")

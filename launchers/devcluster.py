@@ -122,6 +122,7 @@ class Cluster:
     kill_wait_s: int = 10
     slurmd_timeout_s: int = 30
     cred_expire_s: int = 5
+    kill_over_memory: bool = False
 
     @property
     def conf(self) -> Path:

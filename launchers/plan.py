@@ -13,15 +13,17 @@ import os
 import pwd
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from conf.check import ConfigError, split_function
-from conf.schema import CONFIG_VERSION, Cluster, Config, Node
+from conf.chat import is_text
+from conf.check import ConfigError, nearest, split_function
+from conf.schema import CONFIG_VERSION, PREPARABLE, TEMPLATES, Cluster, Config, Node
 from launchers import graph, slurm
 from launchers.errors import LaunchError
+from launchers.preflight import transforms_of
 from launchers.selection import Selection, sources
 from post_training.run import ledger, manifest
 from post_training.run.directory import RunDirectory
@@ -29,7 +31,9 @@ from post_training.run.history import History, summarise
 
 PIPELINE_FILE = "pipeline.json"
 Frozen = dict[str, Any]
-SECTIONS = ("model", "data", "training", "checkpointing", "slurm", "cluster", "parallel", "logging", "guardrails")
+SECTIONS = (
+    "model", "data", "training", "lora", "checkpointing", "slurm", "cluster", "parallel", "logging", "guardrails",
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------ the frozen config
@@ -43,15 +47,36 @@ def absolute(text: str | None) -> str | None:
     return str(path.absolute()) if path.exists() else text
 
 
+def _frozen_template(given: str | None) -> str | None:
+    """A chat template's name, or a file's text: an edit of the file must not change a run that is submitted."""
+    path = Path(given or "").expanduser()
+    if given is None or given in TEMPLATES or is_text(given) or not path.is_file():
+        return given
+    return path.read_text(encoding="utf-8")
+
+
+def frozen_transforms(cfg: Config) -> str | None:
+    """Where the run's code holds the user's transforms. The name has the hash of the text: that is what counts."""
+    if cfg.data.transform_file is None:
+        return None
+    return f"functions/{hashlib.sha256(transforms_of(cfg)).hexdigest()[:16]}/{Path(cfg.data.transform_file).name}"
+
+
 def freeze(cfg: Config, name: str, run_name: str, inputs: Mapping[str, Any]) -> Frozen:
     """What is written as a run's config.yaml: plain data, resolved, with absolute paths, and its identity."""
     plain = asdict(cfg)
     for section, keys in {
-        "model": ("name_or_path", "tokenizer", "chat_template"),
+        "model": ("name_or_path", "tokenizer"),
         "data": ("path", "eval_path"),
+        "merge": ("adapter",),
     }.items():
         for key in keys:
-            plain[section][key] = absolute(plain[section][key])
+            if plain[section][key] not in ("bytes", "train"):  # tokenizers, though files may be called so
+                plain[section][key] = absolute(plain[section][key])
+    plain["model"]["chat_template"] = _frozen_template(cfg.model.chat_template)
+    for part in plain["data"]["datasets"]:
+        part["path"] = absolute(part["path"])
+    plain["data"]["transform_file"] = frozen_transforms(cfg)
     for function in plain[cfg.stage].get("reward", {}).get("functions", []):
         written = split_function(function["path"])
         file = Path(written[0]).expanduser()
@@ -79,11 +104,16 @@ def determining(frozen: Frozen) -> dict[str, Any]:
     """The part of a frozen config that determines the output: where and how fast it runs is not in it."""
     stage = frozen["stage"]
     inputs = {role: source and (source["identity"] or source["path"]) for role, source in frozen["inputs"].items()}
+    if inputs.get("data") is None:  # as above
+        inputs.pop("data", None)
     parts = {section: frozen[section] for section in ("stage", "seed", "model", "data", "training", stage)}
+    if frozen.get("lora", {}).get("r") is not None:  # configs of before it existed stay what they are
+        parts["lora"] = frozen["lora"]
     parts["training"] = {k: v for k, v in parts["training"].items() if k != "dataloader_num_workers"}
     if "lower_lr" in frozen.get("guardrails", {}).values():  # else they change no weight
         parts["guardrails"] = frozen["guardrails"]
-    return {**parts, "parallel": {"strategy": frozen["parallel"]["strategy"]}, "inputs": inputs}
+    shared = {key: frozen["parallel"].get(key, False) for key in ("strategy", "offload")}
+    return {**parts, "parallel": shared, "inputs": inputs}
 
 
 def identity(frozen: Frozen) -> str:
@@ -361,7 +391,58 @@ def expected_identity(selection: Selection, name: str) -> str:
             inputs[role] = _path_input(value)
         elif kind == "stage":
             inputs[role] = _run_input(selection.output_base, expected_identity(selection, value))
-    return str(freeze(selection.config(name), name, selection.run_name, inputs)["identity"])
+    return str(freeze(_completed(selection, name), name, selection.run_name, inputs)["identity"])
+
+
+SHAPES_ROWS = ("packing", "packing_strategy", "random_templates")
+"""Keys of techniques' own sections on which prepared rows depend."""
+
+
+def prepare_targets(selection: Selection, name: str) -> dict[str, Any]:
+    """What the data of each stage that a prepare stage prepares for depends on, by name.
+
+    `lineage`: what the stage's start model brings, from its first ancestor on: the templates that each stage sets.
+    Raises ConfigError for a stage that is not there or has nothing to prepare.
+    """
+    asked, functions = selection.config(name).prepare.stages, selection.config(name).data.transform_file
+    able = [
+        other
+        for other, node in selection.stages.items()
+        if node.stage in PREPARABLE and selection.config(other).data.transform_file in (None, functions)
+    ]  # with transforms of a file that is not in the job's code, a stage prepares for itself
+    for other in asked:
+        if other not in able:
+            raise ConfigError("prepare.stages", other, "no stage whose data can be prepared", nearest(other, able))
+    targets = {}
+    for other in asked or able:
+        frozen = freeze(selection.config(other), other, selection.run_name, {})
+        section = {k: v for k, v in frozen[frozen["stage"]].items() if k in SHAPES_ROWS}
+        path, lineage = _lineage(selection, other)
+        targets[other] = {
+            "stage": frozen["stage"], "seed": frozen["seed"] if section.get("random_templates") else 0,
+            "model": {"tokenizer": frozen["model"]["tokenizer"], "chat_template": frozen["model"]["chat_template"]},
+            "data": frozen["data"], "training": {"max_length": frozen["training"]["max_length"]},
+            frozen["stage"]: section, "start_model": path, "lineage": lineage,
+        }  # fmt: skip
+    return targets
+
+
+def _lineage(selection: Selection, name: str) -> tuple[str | None, list[dict[str, Any]]]:
+    """Path of the model that a stage's line begins with (None: from scratch), and the stages before it on that line."""
+    kind, _, value = (sources(selection, name)["model"] or "").partition(":")
+    if kind == "stage":
+        path, before = _lineage(selection, value)
+        frozen = freeze(selection.config(value), value, selection.run_name, {})
+        return path, [*before, {k: frozen["model"][k] for k in ("tokenizer", "chat_template")}]
+    return (absolute(value) if kind == "path" else None), []
+
+
+def _completed(selection: Selection, name: str) -> Config:
+    """A stage's config; of a prepare stage, with its targets."""
+    cfg = selection.config(name)
+    if cfg.stage != "prepare":
+        return cfg
+    return replace(cfg, prepare=replace(cfg.prepare, targets=prepare_targets(selection, name)))
 
 
 def make_plan(selection: Selection, ask: bool = True) -> Plan:
@@ -389,7 +470,7 @@ def make_plan(selection: Selection, ask: bool = True) -> Plan:
 
     planned: dict[str, Planned] = {}
     for name in selection.wanted:
-        cfg = selection.config(name)
+        cfg = _completed(selection, name)
         inputs: dict[str, Any] = {}
         for role, source in origins[name].items():
             kind, _, value = (source or "").partition(":")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import json
 import os
 import re
 import sys
@@ -13,7 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from conf.check import SAMPLING, ConfigError, nearest, parse_wall_time, split_function, tasks_per_node
+from conf import memory
+from conf.chat import check as check_template
+from conf.check import REWARDED, ConfigError, nearest, parse_wall_time, split_function, tasks_per_node
+from conf.datasets import KNOWN, TRANSFORMS
 from conf.schema import Config
 from launchers import graph, slurm
 from launchers.errors import LaunchError
@@ -53,24 +57,62 @@ def check_paths(cfg: Config) -> None:
         "model.name_or_path": cfg.model.name_or_path,
         **{f"inputs.{role}": getattr(cfg.inputs, role) for role in graph.ROLES},
     }
-    if cfg.model.name_or_path is None and cfg.model.tokenizer != "bytes":
+    if cfg.stage == "merge":
+        sources["merge.adapter"] = cfg.merge.adapter
+    if cfg.model.name_or_path is None and cfg.model.tokenizer not in ("bytes", "train"):
         sources["model.tokenizer"] = cfg.model.tokenizer
     for key, value in sources.items():
         if value is not None:
             _check_source(key, value, cfg.offline)
-    template = cfg.model.chat_template
-    if template not in (None, "think_answer") and not Path(str(template)).expanduser().is_file():
-        raise ConfigError(
-            "model.chat_template", template, "no such file", "think_answer, null, or a path to a Jinja file"
-        )
-    if cfg.stage in SAMPLING:
+    check_template("model.chat_template", cfg.model.chat_template, masked=cfg.stage == "sft")
+    parts = {f"data.datasets[{i}]": (part.name, part.path) for i, part in enumerate(cfg.data.datasets)}
+    for key, (name, path) in (parts or {"data": (cfg.data.name, cfg.data.path)}).items():
+        if path is not None and parts:
+            _check_source(f"{key}.path", path, cfg.offline)
+        if KNOWN[name].hub_id is not None and path is None and cfg.offline:
+            raise ConfigError(
+                f"{key}.path", None, f"{name} would come from its hub, and offline=true asks none",
+                f"{key}.path=<a local file or folder>, or offline=false",
+            )  # fmt: skip
+    if cfg.data.transform_file is not None:
+        _check_transforms(cfg)
+    if cfg.stage in REWARDED:
         for function in getattr(cfg, cfg.stage).reward.functions:
             _check_function(f"{cfg.stage}.reward.functions", function.path)
-    if cfg.data.name != "arithmetic" and cfg.data.path is None and cfg.offline:
-        raise ConfigError(
-            "data.path", None, f"{cfg.data.name} would come from its hub, and offline=true asks none",
-            "data.path=<a local file or folder>, or offline=false",
-        )  # fmt: skip
+
+
+def transforms_of(cfg: Config) -> bytes:
+    """The text of the user's transforms. Raises ConfigError."""
+    try:
+        return Path(str(cfg.data.transform_file)).expanduser().read_bytes()
+    except OSError as error:
+        value, problem = cfg.data.transform_file, error.strerror or str(error)
+        raise ConfigError("data.transform_file", value, problem, "give a file that can be read") from None
+
+
+def _check_transforms(cfg: Config) -> None:
+    """Refuse a transform file that is not there or cannot be parsed, and a transform that is not in it."""
+    value = cfg.data.transform_file
+    wanted = {
+        f"data.datasets[{i}].transform": part.transform for i, part in enumerate(cfg.data.datasets)
+    } or {"data.transform": cfg.data.transform}  # fmt: skip
+    if not any(wanted.values()):
+        raise ConfigError("data.transform_file", value, "none of its transforms is asked for", "data.transform=<name>")
+    try:
+        tree = ast.parse(transforms_of(cfg))
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None)
+        problem = f"is no Python{f': line {line}' if line else ''}: {getattr(error, 'msg', error)}"
+        raise ConfigError("data.transform_file", value, problem, "mend the file") from None
+    decorators = [d for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) for d in node.decorator_list]
+    calls = [d for d in decorators if isinstance(d, ast.Call) and ast.unparse(d.func).split(".")[-1] == "transform"]
+    names = [d.args[0].value if d.args and isinstance(d.args[0], ast.Constant) else None for d in calls]
+    if None in names:  # made at run time: only the job can tell
+        return
+    for key, name in wanted.items():
+        if name is not None and name not in TRANSFORMS and name not in names:
+            fix = nearest(name, [str(n) for n in names]) if names else f'@transform("{name}") above a function'
+            raise ConfigError(key, name, f"{value} has no such transform", fix)
 
 
 def _check_function(key: str, path: str) -> None:
@@ -87,6 +129,21 @@ def _check_function(key: str, path: str) -> None:
     functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
     if name not in functions:
         raise ConfigError(key, path, f"{file} defines no function {name}", nearest(name, functions))
+
+
+def check_memory(cfg: Config) -> None:
+    """Refuse what cannot fit into the GPUs. A local model's config.json is believed before the config's keys."""
+    shape = memory.shape_of(cfg.model)
+    for source in (cfg.inputs.model, cfg.model.name_or_path):
+        about = Path(source).expanduser() / "config.json" if source is not None else None
+        if about is not None and about.is_file():
+            try:
+                found = json.loads(about.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                found = {}
+            shape = memory.shape_from_json(found) if isinstance(found, dict) else None
+            break
+    memory.check(cfg, shape)
 
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -112,6 +169,9 @@ def _check_source(key: str, value: str, offline: bool) -> None:
 def _check_model_folder(key: str, value: str, path: Path) -> None:
     if (path / "config.yaml").is_file() and (path / "ledger.jsonl").exists():
         raise ConfigError(key, value, "is a run directory, not a model", f"{key}={path / 'model'}")
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        fix = f"stage=merge merge.adapter={value} inputs.model=<the model it was trained on> makes a model of it"
+        raise ConfigError(key, value, "is an adapter, not a model", fix)
     if (path / manifest.NAME).exists() and (why := manifest.problem(path)):
         raise ConfigError(key, value, f"is not complete: {why}", "wait for its run to finish, or choose another model")
 

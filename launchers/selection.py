@@ -11,7 +11,7 @@ from conf.check import ConfigError, check_run, nearest
 from conf.schema import Config, Node
 from launchers import graph, slurm
 from launchers.compose import Composer, Layers, groups, split, stage_overrides
-from launchers.preflight import check_paths, naming
+from launchers.preflight import check_memory, check_paths, naming
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ def select(tokens: Sequence[str], only_one: bool) -> Selection:
         with naming(name):
             check_run(cfg)
             check_paths(cfg)
+            check_memory(cfg)
     return Selection(
         run_name=root.run_name or root.pipeline.name,
         output_base=Path(root.paths.output_base).expanduser().absolute(),

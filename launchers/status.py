@@ -506,6 +506,8 @@ def _row(
         "checkpoint_step": history.checkpoint_step,
         "loss": metrics.loss,
         "reward": metrics.reward,
+        "tokens_per_second_per_gpu": metrics.tokens_per_second_per_gpu,
+        "mfu": metrics.mfu,
         "attempts": history.attempts,
         "failures": history.failures,
         "outcome": history.outcome,
@@ -603,12 +605,13 @@ def wall_seconds(value: Any) -> int | None:
 Column = tuple[str, str, int]  # title, key of a cell, 1 where it stands to the right
 COLUMNS: tuple[Column, ...] = (
     ("STAGE", "stage", 0), ("JOBID", "job", 0), ("STATE", "state", 0), ("NODES", "nodes", 1), ("TIME", "time", 1),
-    ("", "bar", 0), ("STEP", "step", 1), ("LOSS/REWARD", "value", 0), ("ATT", "attempts", 1), ("FAIL", "failures", 1),
+    ("", "bar", 0), ("STEP", "step", 1), ("LOSS/REWARD", "value", 0),
+    ("TOK/S/GPU", "tokens", 1), ("MFU", "mfu", 1), ("ATT", "attempts", 1), ("FAIL", "failures", 1),
     ("GOODPUT", "goodput", 1), ("SCORE", "score", 1),
 )  # fmt: skip
-LEFT_OUT_EMPTY = ("bar", "step", "value", "goodput", "score")
+LEFT_OUT_EMPTY = ("bar", "step", "value", "tokens", "mfu", "goodput", "score")
 """Columns that do not stand there where no run has anything in them."""
-DROPPED_FIRST = ("goodput", "nodes", "bar", "failures", "attempts", "job", "value")
+DROPPED_FIRST = ("tokens", "mfu", "goodput", "nodes", "bar", "failures", "attempts", "job", "value")
 """What a narrow terminal does without, in this order."""
 _ANSI = {
     "running": "36", "stopping": "33", "requeued": "33", "done": "32", "failed": "1;31", "cancelled": "35",
@@ -633,6 +636,8 @@ def cells(row: Mapping[str, Any], ascii_only: bool = False) -> dict[str, str]:
         "bar": table.bar(row["step"], row["max_steps"], 10, ascii_only),
         "step": f"{row['step']}{total}" if row["step"] is not None else "",
         "value": table.loss_or_reward(row["loss"], row["reward"]),
+        "tokens": "" if row["tokens_per_second_per_gpu"] is None else f"{row['tokens_per_second_per_gpu']:.0f}",
+        "mfu": percent(row["mfu"]),
         "attempts": text("attempts"),
         "failures": text("failures"),
         "goodput": percent(row["goodput"]),

@@ -20,8 +20,8 @@ import yaml
 from conf.check import ConfigError, parse_wall_time, split_function
 from launchers import cli, slurm
 from launchers.errors import LaunchError, Unanswered
-from launchers.plan import PIPELINE_FILE, Plan, Planned, live_jobs, make_plan
-from launchers.preflight import check_cluster, check_leads
+from launchers.plan import PIPELINE_FILE, Plan, Planned, frozen_transforms, live_jobs, make_plan
+from launchers.preflight import check_cluster, check_leads, transforms_of
 from launchers.render import job_script
 from launchers.selection import Selection, select
 from post_training.run import ledger, life
@@ -188,6 +188,20 @@ def _write_code(run: RunDirectory, code: dict[str, bytes]) -> None:
         path.write_bytes(content)
 
 
+def _write_transforms(planned: Planned) -> None:
+    """Copy the file of the user's own transforms into the run's code, as it was when the plan was made."""
+    place = planned.frozen["data"]["transform_file"]
+    if place is None:
+        return
+    content = transforms_of(planned.cfg)
+    if frozen_transforms(planned.cfg) != place:
+        problem = f"{planned.cfg.data.transform_file} was changed while it was submitted"
+        raise LaunchError(problem, "the same command again")
+    target = planned.run.code / place
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(content)
+
+
 def _write_functions(planned: Planned) -> None:
     """Copy the files of the user's own reward functions into the run's code, as they were when the plan was made."""
     stage = planned.cfg.stage
@@ -222,6 +236,7 @@ def write(plan: Plan, undo: _Undo) -> None:
             set_aside(run)
         if not planned.started:
             _write_code(run, code)
+            _write_transforms(planned)
             _write_functions(planned)
         dumped = yaml.dump(
             planned.frozen, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False, allow_unicode=True

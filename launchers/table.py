@@ -66,6 +66,8 @@ class Metrics:
     time: float | None = None
     loss: float | None = None
     reward: float | None = None
+    tokens_per_second_per_gpu: float | None = None
+    mfu: float | None = None
     seconds_per_step: float | None = None
 
     @property
@@ -126,6 +128,7 @@ def summarise_metrics(records: list[dict[str, Any]]) -> Metrics:
         step=None if step is None else int(step),
         max_steps=None if max_steps is None else int(max_steps),
         time=newest("time"), loss=newest("loss"), reward=newest("reward"),
+        tokens_per_second_per_gpu=newest("tokens_per_second_per_gpu"), mfu=newest("mfu"),
         seconds_per_step=statistics.median(rates) if rates else None,
     )  # fmt: skip
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 def train(run: RunDirectory, attempt: int, progress: Progress, watchdog: Watchdog) -> int:
     """Train until done or asked to stop; returns the exit code."""
     from post_training.attempt import AttemptCallback, StopFlag, save_for_inference
+    from post_training.data import reports_as_json
     from post_training.guardrails import Guard
     from post_training.stages.common import finish, open_stage, steps_for_tokens, token_counts
     from post_training.tracking import callbacks
@@ -42,9 +43,13 @@ def train(run: RunDirectory, attempt: int, progress: Progress, watchdog: Watchdo
     stop_flag = StopFlag()
     stage = open_stage(run)
     trainer: Trainer = importlib.import_module(f"post_training.stages.{stage.cfg.stage}").build_trainer(stage)
+    if (report := reports_as_json()) is not None and trainer.is_world_process_zero():
+        with run.writing_as(attempt):
+            write_atomic(run.data_report, report)
     trainer.args.output_dir = str(run.staging(attempt))  # from there each checkpoint is renamed once it is whole
     follower = AttemptCallback(run, attempt, stage.cfg.checkpointing, stop_flag, progress, watchdog)
     follower.trainer = trainer
+    trainer.add_callback(trainer.meter)
     for callback in (*callbacks(stage.cfg, run, attempt), follower):  # what trackers wrote is safe before the manifest
         trainer.add_callback(callback)
     trainer.add_callback(Guard(stage.cfg.guardrails, run, attempt, trainer))
@@ -156,6 +161,18 @@ def run_attempt(run: RunDirectory, attempt: int) -> int:
             from post_training.stages.eval import evaluate
 
             return evaluate(run, attempt, progress, watchdog)
+        if config["stage"] == "prepare":
+            from post_training.stages.prepare import prepare
+
+            return prepare(run, attempt, progress, watchdog)
+        if config["stage"] == "merge":
+            from post_training.stages.merge import merge_adapter
+
+            return merge_adapter(run, attempt, progress)
+        if config["stage"] == "sample":
+            from post_training.stages.sample import sample
+
+            return sample(run, attempt, progress, watchdog)
         return train(run, attempt, progress, watchdog)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)

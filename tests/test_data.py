@@ -19,11 +19,12 @@ from transformers import PreTrainedTokenizerFast
 
 from conf.schema import Data, Model
 from post_training import data
-from post_training.data import arithmetic, records
+from post_training.data import arithmetic
 from post_training.data.arithmetic import Arithmetic, work
-from post_training.data.records import Gsm8k, HhRlhf
-from post_training.data.source import DataError
-from post_training.data.tokenizer import ASSISTANT, END, PAD, SYSTEM, TAGS, USER, bytes_tokenizer, load_tokenizer
+from post_training.data.records import Place
+from post_training.data.source import DataError, Source
+from post_training.data.templates import ASSISTANT, END, SYSTEM, TAGS, USER
+from post_training.data.tokenizer import PAD, bytes_tokenizer, load_tokenizer
 from post_training.rewards.verify import has_format, is_correct, number, parse_answer
 from tests.training import real_data
 
@@ -327,7 +328,8 @@ def test_hh_rlhf_pairs() -> None:
         )
         assert tuple("".join(t.split()) for t in texts) in squeezed
     for row in source.demonstrations("train"):
-        assert HhRlhf.well_formed(row["messages"])
+        assert [m["role"] for m in row["messages"]] == ["user", "assistant"] * (len(row["messages"]) // 2)
+        assert all(m["content"] for m in row["messages"])
 
 
 def transcript(*turns: str) -> str:
@@ -336,17 +338,12 @@ def transcript(*turns: str) -> str:
     )
 
 
-def hh(tmp_path: Path, rows: list[tuple[str, str]]) -> HhRlhf:
-    path = tmp_path / "pairs.jsonl"
+def hh(tmp_path: Path, rows: list[tuple[str, str]]) -> Source:
     filler = [(transcript("a", "b"), transcript("a", "c"))]
-    path.write_text("".join(json.dumps({"chosen": c, "rejected": r}) + "\n" for c, r in rows + filler))
-    source = data.load(Data(name="hh_rlhf", path=str(path), held_out=1))
-    assert isinstance(source, HhRlhf)
-    return source
-
-
-def both(source: HhRlhf, form: str) -> list[Any]:
-    return [*getattr(source, form)("train"), *getattr(source, form)("held_out")]
+    for name, pairs in (("pairs", rows + filler), ("held_out", filler)):
+        lines = (json.dumps({"chosen": c, "rejected": r}) + "\n" for c, r in pairs)
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    return data.load(Data(name="hh_rlhf", path=f"{tmp_path}/pairs.jsonl", eval_path=f"{tmp_path}/held_out.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -363,12 +360,12 @@ def both(source: HhRlhf, form: str) -> list[Any]:
     ],
 )
 def test_hh_rlhf_pairs_that_are_none_are_dropped(tmp_path: Path, chosen: str, rejected: str) -> None:
-    assert len(both(hh(tmp_path, [(chosen, rejected)]), "preferences")) == 1
+    assert len(hh(tmp_path, [(chosen, rejected)]).preferences("train")) == 1
 
 
 def test_hh_rlhf_transcripts_become_turns(tmp_path: Path) -> None:
     source = hh(tmp_path, [(transcript("hi\nthere", "x: y", "why", "z"), transcript("hi\nthere", "x: y", "why", "w"))])
-    row = next(r for r in both(source, "preferences") if len(r["prompt"]) == 3)
+    row = next(r for r in source.preferences("train") if len(r["prompt"]) == 3)
     assert row == {
         "prompt": [
             {"role": "user", "content": "hi\nthere"},
@@ -431,7 +428,7 @@ def test_files_of_every_kind_read_alike(tmp_path: Path, name: str, write: Any) -
     path = tmp_path / "with space" / name
     path.parent.mkdir()
     write(path)
-    assert list(records.read_records(str(path))) == ROWS
+    assert list(Place(str(path)).read()) == ROWS
     source = data.load(Data(name="gsm8k", path=str(path), held_out=2))
     again = data.load(Data(name="gsm8k", path=str(path), held_out=2))
     assert list(source.problems("train")) == list(again.problems("train"))
@@ -479,9 +476,8 @@ def test_refused_more_held_out_than_records(tmp_path: Path, held_out: int) -> No
 
 def test_refused_record_without_its_mark(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"question": "how many?", "answer": "forty"}\n' * 3)
-    with pytest.raises(DataError, match=r"#### N.*'how many\?'(.|\n)*fix:"):
-        Gsm8k.solution({"question": "how many?", "answer": "forty"})
-    assert "data.name=gsm8k" in refused(Data("gsm8k", path=str(tmp_path / "a.jsonl"), held_out=1))
+    message = refused(Data("gsm8k", path=str(tmp_path / "a.jsonl"), held_out=1))
+    assert f"data.name=gsm8k: {tmp_path}/a.jsonl, row " in message and "no '#### N' in 'forty'" in message
 
 
 @pytest.mark.parametrize(("name", "form"), [("gsm8k", "preferences"), ("hh_rlhf", "problems")])
@@ -498,19 +494,25 @@ def test_held_out_records_from_a_file_of_their_own(tmp_path: Path) -> None:
     assert list(source.problems("held_out")) == [{"prompt": [{"role": "user", "content": "q"}], "answer": "1000"}]
 
 
-def test_hub_data_sets_are_asked_for_by_id_and_config(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_data_sets_are_asked_for_by_id_subset_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
 
     def load_dataset(*args: Any, **kwargs: Any) -> datasets.Dataset:
         calls.append((*args, kwargs))
-        return datasets.Dataset.from_list([{"question": "q", "answer": "#### 1", "chosen": "", "rejected": ""}] * 3)
+        said = transcript("a", "b")
+        return datasets.Dataset.from_list([{"question": "q", "answer": "#### 1", "chosen": said, "rejected": said}] * 3)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     data.load(Data("gsm8k", held_out=1)).problems("train")
-    data.load(Data("hh_rlhf", held_out=1)).documents("train")
+    data.load(Data("hh_rlhf", held_out=1, subset="harmless-base")).documents("train")
     data.load(Data("gsm8k", path="mine/other", held_out=1)).problems("train")
+    data.load(Data("gsm8k", path="mine/other", subset="big", split="train[:50%]", eval_split="test")).problems("train")
     assert calls == [
         ("openai/gsm8k", "main", {"split": "train"}),
-        ("Anthropic/hh-rlhf", None, {"split": "train"}),
+        ("openai/gsm8k", "main", {"split": "test"}),
+        ("Anthropic/hh-rlhf", {"data_dir": "harmless-base", "split": "train"}),
+        ("Anthropic/hh-rlhf", {"data_dir": "harmless-base", "split": "test"}),
         ("mine/other", None, {"split": "train"}),
+        ("mine/other", "big", {"split": "train[:50%]"}),
+        ("mine/other", "big", {"split": "test"}),
     ]

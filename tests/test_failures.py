@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from launchers.submit import snapshot
 from post_training.run import ledger, manifest
 from post_training.run.directory import RunDirectory
 from post_training.run.history import History, summarise
-from tests.slurm_fixture import job, wait_for, wait_state
+from tests.slurm_fixture import job, require_slurm, short_folder, wait_for, wait_state
 
 pytestmark = pytest.mark.slurm
 
@@ -58,6 +59,10 @@ if behave == "killed-for-memory":
     print("slurmstepd: error: Detected 1 oom_kill event in StepId=7.0. Some of the step tasks have been OOM Killed.",
           file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
+if behave == "greed":
+    taken = bytearray(os.urandom(2 << 20) * 150)
+    while True:
+        time.sleep(0.05)
 if behave == "hang":
     progress.enter("steps")
 while behave in ("wait", "deaf", "hang"):
@@ -250,6 +255,22 @@ def test_lack_of_memory_has_its_name(runs: Any) -> None:
     assert [e["outcome"] for e in ends] == ["out_of_memory", "out_of_memory"]
     assert [e["reason"] for e in ends] == ["OutOfMemoryError: CUDA out of memory", "killed for its memory"]
     run.finish()
+
+
+def test_slurm_kills_for_memory(tmp_path: Path) -> None:
+    """slurmstepd itself ends a step that takes more than its job has, as it does where memory is limited by cgroups."""
+    require_slurm()
+    folder = short_folder()
+    try:
+        run = SlurmRun(dc.up(folder, kill_over_memory=True), tmp_path / "pipe" / "sft", "greed finish", mem="200M")
+        run.submit()
+        end = run.ends()[0]
+        assert (end["outcome"], end["action"], end["reason"]) == ("out_of_memory", "requeue", "killed for its memory")
+        run.finish()
+        assert run.run.failure_count.read_text() == "1\n"
+    finally:
+        dc.down(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_processes_that_do_nothing_are_ended_and_requeued(runs: Any) -> None:

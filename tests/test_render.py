@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -80,6 +81,23 @@ def test_values_reach_the_shell_as_they_are(tmp_path: Path) -> None:
     lines = [line for line in text.splitlines() if line.startswith(("RUN_DIR=", "PYTHON=", "export TEXT="))]
     done = subprocess.run(["bash", "-c", "\n".join([*lines, 'printf "%s\\n" "$RUN_DIR" "$PYTHON" "$TEXT"'])], capture_output=True, text=True)  # fmt: skip # noqa: E501
     assert done.stdout.splitlines() == [root, NASTY, "it's $X"]
+
+
+def test_a_port_that_another_job_listens_on_is_passed_over() -> None:
+    text = job_script(cfg("slurm"), RunDirectory(Path("/data/x")), sys.executable, [])
+    function = next(line for line in text.splitlines() if line.startswith("free_port()"))
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+
+        def found() -> int:
+            argv = ["bash", "-c", f"set -u; {function}\nfree_port {port}"]
+            return int(subprocess.run(argv, capture_output=True, text=True, check=True).stdout)
+
+        assert found() > port
+        taken.close()
+        assert found() == port
 
 
 def test_percent_signs_of_folders_are_not_slurms() -> None:

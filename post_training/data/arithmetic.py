@@ -6,10 +6,10 @@ Held-out problems are pairs {a, b} that no form shows in training, in either ord
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from conf.schema import Data
-from post_training.data.source import DataError, Row, Source, Split, assistant, think_answer, user
+from post_training.data.source import DataError, Row, Samples, Source, Split, assistant, features, think_answer, user
 
 SMALLEST, LARGEST = 10, 99
 PAIRS = (LARGEST - SMALLEST + 1) * (LARGEST - SMALLEST + 2) // 2
@@ -76,16 +76,28 @@ class Arithmetic(Source):
             return self.cfg.held_out
         return count if self.cfg.max_samples is None else min(count, self.cfg.max_samples)
 
-    def documents(self, split: Split):  # type: ignore[no-untyped-def]
+    def samples(self, view: str, split: Split) -> Samples:
+        from datasets import Dataset
+
+        made = {
+            "documents": self._documents,
+            "demonstrations": self._demonstrations,
+            "preferences": self._preferences,
+            "problems": self._problems,
+        }[view](split)
+        rows = Dataset.from_list(list(made), features=features(view))
+        return Samples(rows, [None] * len(rows), len(rows))
+
+    def _documents(self, split: Split) -> Iterable[Row]:
         def text(a: int, b: int, rng: random.Random) -> str:
             if rng.random() < self.cfg.worked_fraction:
                 return f"{a}+{b}=?{work(a, b)} {a + b}"
             return f"{a}+{b}={a + b}"
 
         count = self._count(split, self.cfg.num_documents)
-        return _dataset({"text": text(*p)} for p in self.pairs(split, "documents", count))
+        return ({"text": text(*p)} for p in self.pairs(split, "documents", count))
 
-    def demonstrations(self, split: Split):  # type: ignore[no-untyped-def]
+    def _demonstrations(self, split: Split) -> Iterable[Row]:
         """Right answers, most hard sums worked out, most easy ones just answered: people write so."""
 
         def row(a: int, b: int, rng: random.Random) -> Row:
@@ -93,9 +105,9 @@ class Arithmetic(Source):
             return {"messages": [user(question(a, b)), assistant(think_answer(thought, str(a + b)))]}
 
         count = self._count(split, self.cfg.num_demonstrations)
-        return _dataset(row(*p) for p in self.pairs(split, "demonstrations", count))
+        return (row(*p) for p in self.pairs(split, "demonstrations", count))
 
-    def preferences(self, split: Split):  # type: ignore[no-untyped-def]
+    def _preferences(self, split: Split) -> Iterable[Row]:
         """Chosen: worked and right. Rejected: a guess that is wrong, or a worked answer with one slip."""
 
         def row(a: int, b: int, rng: random.Random) -> Row:
@@ -108,16 +120,9 @@ class Arithmetic(Source):
             }
 
         count = self._count(split, self.cfg.num_pairs)
-        return _dataset(row(*p) for p in self.pairs(split, "preferences", count))
+        return (row(*p) for p in self.pairs(split, "preferences", count))
 
-    def problems(self, split: Split):  # type: ignore[no-untyped-def]
+    def _problems(self, split: Split) -> Iterable[Row]:
         count = self._count(split, self.cfg.num_prompts)
-        return _dataset(
-            {"prompt": [user(question(a, b))], "answer": str(a + b)} for a, b, _ in self.pairs(split, "problems", count)
-        )
-
-
-def _dataset(rows):  # type: ignore[no-untyped-def]
-    from datasets import Dataset
-
-    return Dataset.from_list(list(rows))
+        problems = self.pairs(split, "problems", count)
+        return ({"prompt": [user(question(a, b))], "answer": str(a + b)} for a, b, _ in problems)

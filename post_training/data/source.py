@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from conf.datasets import VIEWS, having
 from conf.schema import Data
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, Features
 
 Split = Literal["train", "held_out"]
 Row = dict[str, Any]
@@ -17,23 +20,50 @@ class DataError(ValueError):
     """Records that cannot be used; its text names key, file or row, and the fix."""
 
 
+def features(view: str) -> Features:
+    """Columns of a view, the same for every data set, so that they can be mixed."""
+    from datasets import Features, List, Value
+
+    text = Value("string")
+    messages = List({"role": text, "content": text})
+    columns = {
+        "documents": {"text": text},
+        "demonstrations": {"messages": messages},
+        "preferences": {"prompt": messages, "chosen": messages, "rejected": messages},
+        "problems": {"prompt": messages, "answer": text},
+    }
+    return Features(columns[view])
+
+
+@dataclass
+class Samples:
+    """What one data set gives of one view, before anything is chosen among its samples."""
+
+    rows: Dataset
+    categories: list[str | None]  # one a row
+    records: int  # that they were made of
+    dropped: Counter[str] = field(default_factory=Counter)  # reason -> samples that cannot be used
+
+
 class Source:
     """Records of one data set in the forms that stages train on, each for `train` and `held_out`."""
+
+    views: tuple[str, ...] = tuple(VIEWS)
 
     def __init__(self, cfg: Data) -> None:
         self.cfg = cfg
 
     def documents(self, split: Split) -> Dataset:
         """{"text"}: for base."""
-        raise self._lacks("plain text")
+        return self.view("documents", split)
 
     def demonstrations(self, split: Split) -> Dataset:
         """{"messages": [{role, content}, ...]}: for sft."""
-        raise self._lacks("demonstrations")
+        return self.view("demonstrations", split)
 
     def preferences(self, split: Split) -> Dataset:
         """{"prompt", "chosen", "rejected"}, each a list of messages: for rm, dpo and orpo."""
-        raise self._lacks("preference pairs")
+        return self.view("preferences", split)
 
     def unpaired(self, split: Split) -> Dataset:
         """{"prompt", "completion", "label": bool}: both answers of every preference pair, shuffled: for kto."""
@@ -49,12 +79,24 @@ class Source:
 
     def problems(self, split: Split) -> Dataset:
         """{"prompt": messages, "answer": str}: verifiable prompts for ppo, grpo and eval."""
-        raise self._lacks("prompts with answers")
+        return self.view("problems", split)
 
-    def _lacks(self, kind: str) -> DataError:
-        return DataError(
-            f"data.name={self.cfg.name}: has no {kind}\n  fix: give this stage another data set, as in sft.data=gsm8k"
-        )
+    def view(self, view: str, split: Split) -> Dataset:
+        """The rows of one of conf.datasets.VIEWS. Raises DataError where it has no such view."""
+        self.check_view(view)
+        return self.samples(view, split).rows
+
+    def check_view(self, view: str) -> None:
+        """Raise DataError where it has no such view."""
+        if view not in self.views:
+            raise DataError(
+                f"data.name={self.cfg.name}: has no {VIEWS[view]}\n"
+                f"  fix: give this stage one of {', '.join(having(view))}, as in sft.data={having(view)[0]}"
+            )
+
+    def samples(self, view: str, split: Split) -> Samples:
+        """The same with what became of the records. Called only for views that it has."""
+        raise NotImplementedError
 
 
 def user(text: str) -> Row:
@@ -63,6 +105,10 @@ def user(text: str) -> Row:
 
 def assistant(text: str) -> Row:
     return {"role": "assistant", "content": text}
+
+
+def system(text: str) -> Row:
+    return {"role": "system", "content": text}
 
 
 def think_answer(thought: str, answer: str) -> str:

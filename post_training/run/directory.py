@@ -150,6 +150,11 @@ class RunDirectory:
     def metrics(self) -> Path:
         return self.logs / "metrics.jsonl"
 
+    @property
+    def data_report(self) -> Path:
+        """What became of the records: how many of each data set are trained on, and why others are not."""
+        return self.logs / "data.json"
+
     def stacks(self, attempt: int, rank: int | str) -> Path:
         """Where a rank that hangs writes the stacks of its threads."""
         return self.logs / "stacks" / f"attempt-{attempt}-rank-{rank}.txt"

@@ -10,7 +10,10 @@ from transformers import PreTrainedModel, Trainer
 from trl import DPOConfig, DPOTrainer
 
 from conf.check import dpo_losses
+from conf.schema import Config
 from post_training import data
+from post_training.adapters import lora_config
+from post_training.data.prepared import Preparation, Prepared, train_rows
 from post_training.stages.common import Stage, held_out, load_causal_lm, trainer_arguments, without_dropout
 from post_training.stages.exact import ExactResume
 
@@ -22,7 +25,7 @@ class ReferenceOnce(ExactResume):
     it is a file of the run, so that every attempt trains on the very same numbers.
     """
 
-    ref_model: Any  # TRL's
+    ref_model: Any
 
     def __init__(self, *args: Any, reference_folder: Path, **kwargs: Any) -> None:
         self.reference_folder = reference_folder
@@ -43,7 +46,7 @@ class ReferenceOnce(ExactResume):
         return with_reference
 
 
-class DpoTrainer(ReferenceOnce, DPOTrainer):
+class DpoTrainer(ReferenceOnce, Prepared, DPOTrainer):
     """TRL's DPOTrainer, resumed exactly."""
 
 
@@ -59,10 +62,16 @@ def reference(stage: Stage, precomputed: bool) -> PreTrainedModel | None:
     return without_dropout(load_causal_lm(stage.cfg, path, stage.tokenizer))
 
 
+def preparation(cfg: Config) -> Preparation:
+    """Prompt and both answers of each pair; pairs whose prompt fills max_length are left out."""
+    return Preparation("preferences", DPOTrainer, DPOConfig, {"max_length": cfg.training.max_length})
+
+
 def build_trainer(stage: Stage) -> Trainer:
     """One loss of TRL's, or several with their weights."""
     cfg = stage.cfg
     assert stage.model_path is not None
+    how = preparation(cfg)
     args = DPOConfig(
         **trainer_arguments(stage, cfg.dpo.lr),
         beta=cfg.dpo.beta,
@@ -70,15 +79,17 @@ def build_trainer(stage: Stage) -> Trainer:
         loss_weights=cfg.dpo.loss_weights,
         label_smoothing=cfg.dpo.label_smoothing,
         precompute_ref_log_probs=cfg.dpo.precompute_ref_log_probs,
-        max_length=cfg.training.max_length,
+        **how.arguments,
     )
-    source = data.load(cfg.data)
+    rows = train_rows(cfg, stage.tokenizer, how, args, stage.output_base)
+    model = without_dropout(load_causal_lm(cfg, stage.model_path, stage.tokenizer, trained=True))
     return DpoTrainer(
-        model=without_dropout(load_causal_lm(cfg, stage.model_path, stage.tokenizer)),
+        model=model,
         ref_model=reference(stage, cfg.dpo.precompute_ref_log_probs),
         args=args,
-        train_dataset=source.preferences("train"),
-        eval_dataset=held_out(stage, source.preferences("held_out")),
+        train_dataset=rows,
+        eval_dataset=held_out(stage, data.load(cfg.data).preferences("held_out")),
         processing_class=stage.tokenizer,
+        peft_config=lora_config(stage, model),
         reference_folder=stage.run.reference_log_probs,
     )

@@ -8,6 +8,7 @@ of its own kind is working on.
 from __future__ import annotations
 
 import logging
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from post_training.throughput import Meter
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +32,21 @@ class ExactResume(Trainer):
     """To be mixed in before a trainer, as in `class Exact(ExactResume, SFTTrainer)`."""
 
     _loss_sums: dict[str, Any] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        if head is not None and not hasattr(head, "bias"):
+            head.bias = None  # TRL's fused head reads it; peft's wrapper of a head with trained tokens lacks it
+    @cached_property
+    def meter(self) -> Meter:
+        """Tokens and time between log lines; to be added as a callback."""
+        return Meter()
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if model.training:
+            self.meter.count(inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def rank_state(self) -> dict[str, Any]:
         """This rank's state beyond the Trainer's: numbers, tensors, lists and dictionaries of them."""
@@ -45,6 +63,8 @@ class ExactResume(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Without the Trainer's summary at the end of a training that was stopped before its end."""
+        if "loss" in logs:
+            logs = logs | self.meter.figures(self)
         if "train_runtime" not in logs or self.state.global_step >= self.state.max_steps:
             super().log(logs, start_time)
 
@@ -54,6 +74,14 @@ class ExactResume(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         state = {"world_size": self.args.world_size, **self.rank_state()}
         torch.save(state, state_file(folder, self.args.process_index))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """With each weight in its own type again: peft reads adapters, which QLoRA trains in bfloat16, as float32."""
+        loaded = model if model is not None else self.model
+        types = {name: parameter.dtype for name, parameter in loaded.named_parameters()}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for name, parameter in loaded.named_parameters():
+            parameter.data = parameter.data.to(types[name])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Called on resume, after `self.state` has been read."""

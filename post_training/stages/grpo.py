@@ -12,6 +12,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from post_training import data
+from post_training.adapters import lora_config
 from post_training.rewards.verify import reward_functions
 from post_training.stages.common import Stage, load_causal_lm, trainer_arguments
 from post_training.stages.exact import ExactResume
@@ -67,6 +68,12 @@ class Groups(ExactResume):
             epoch=lambda: self.state.global_step // steps,
         )
 
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        made = super()._generate_and_score_completions(inputs)
+        if self.model.training:
+            self.meter.generated(made["completion_mask"])
+        return made
+
     def rank_state(self) -> dict[str, Any]:
         in_use = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
         return super().rank_state() | {
@@ -117,10 +124,12 @@ def build_trainer(stage: Stage) -> Trainer:
         mask_truncated_completions=cfg.grpo.mask_truncated_completions,
         reward_weights=weights,
     )
+    model = load_causal_lm(cfg, stage.model_path, stage.tokenizer, trained=True)
     return GrpoTrainer(
-        model=load_causal_lm(cfg, stage.model_path, stage.tokenizer),
+        model=model,
         reward_funcs=functions,
         args=args,
         train_dataset=data.load(cfg.data).problems("train"),
         processing_class=stage.tokenizer,
+        peft_config=lora_config(stage, model),
     )

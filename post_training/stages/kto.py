@@ -9,6 +9,7 @@ from transformers import Trainer
 from trl import KTOConfig, KTOTrainer
 
 from post_training import data
+from post_training.adapters import lora_config
 from post_training.stages.common import Stage, held_out, load_causal_lm, trainer_arguments, without_dropout
 from post_training.stages.dpo import ReferenceOnce, reference
 
@@ -20,9 +21,13 @@ class KtoTrainer(ReferenceOnce, KTOTrainer):
         """A batch of `blocks_of_pairs`: its first half are the good answers to the second half's prompts."""
         outputs = super().prediction_step(model, inputs, *args, **kwargs)
         inputs = self._prepare_inputs(inputs)
-        policy, _ = self.compute_ref_log_probs(model, inputs)
         known = inputs["ref_logps"] if self.precompute_ref_logps else None
-        frozen = self.compute_ref_log_probs(self.ref_model, inputs)[0] if known is None else known
+        frozen = self.compute_ref_log_probs(self.ref_model or model, inputs)[0] if known is None else known
+        reference, self.ref_model = self.ref_model, model  # without one, an adapter would be left out
+        try:
+            policy, _ = self.compute_ref_log_probs(model, inputs)
+        finally:
+            self.ref_model = reference
         good, bad = (self.beta * (policy - frozen)).chunk(2)
         right = self.accelerator.gather((good > bad).float())
         self._metrics["eval"]["rewards/accuracies"].append(right.mean().item())
@@ -58,12 +63,14 @@ def build_trainer(stage: Stage) -> Trainer:
     args.per_device_eval_batch_size -= args.per_device_eval_batch_size % 2  # pairs stay together
     source = data.load(cfg.data)
     pairs = held_out(stage, source.preferences("held_out"))
+    model = without_dropout(load_causal_lm(cfg, stage.model_path, stage.tokenizer, trained=True))
     return KtoTrainer(
-        model=without_dropout(load_causal_lm(cfg, stage.model_path, stage.tokenizer)),
+        model=model,
         ref_model=reference(stage, cfg.kto.precompute_ref_log_probs),
         args=args,
         train_dataset=source.unpaired("train"),
         eval_dataset=None if pairs is None else blocks_of_pairs(pairs, args.per_device_eval_batch_size // 2),
         processing_class=stage.tokenizer,
+        peft_config=lora_config(stage, model),
         reference_folder=stage.run.reference_log_probs,
     )

@@ -629,6 +629,7 @@ class PPOTrainer(ExactResume):
 
         sequence_kl = kl.sum(1)
         lengths = mask.sum(1).float()
+        self.meter.generated(mask)
         self._record("reward", scores)
         self._record("reward_std", scores.std(correction=0))
         self._record("kl", sequence_kl)
@@ -789,6 +790,7 @@ class PPOTrainer(ExactResume):
         num_items_in_batch: Any = None,
     ) -> Tensor:
         """The loss of one micro-batch, scaled so that the optimizer step is one mean over all its tokens."""
+        self.meter.count(inputs)
         args, mask = self.args, inputs["mask"]
         width = mask.shape[1]
         ids, attention_mask = inputs["input_ids"], inputs["attention_mask"]

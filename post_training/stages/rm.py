@@ -5,29 +5,40 @@ from __future__ import annotations
 from transformers import Trainer
 from trl import RewardConfig, RewardTrainer
 
+from conf.schema import Config
 from post_training import data
+from post_training.adapters import lora_config
+from post_training.data.prepared import Preparation, Prepared, train_rows
 from post_training.stages.common import Stage, held_out, load_reward_model, trainer_arguments, without_dropout
 from post_training.stages.exact import ExactResume
 
 
-class RmTrainer(ExactResume, RewardTrainer):
+class RmTrainer(ExactResume, Prepared, RewardTrainer):
     """TRL's RewardTrainer, resumed exactly."""
+
+
+def preparation(cfg: Config) -> Preparation:
+    """Both texts of each pair, each with its prompt; pairs with a longer one are left out."""
+    return Preparation("preferences", RewardTrainer, RewardConfig, {"max_length": cfg.training.max_length})
 
 
 def build_trainer(stage: Stage) -> Trainer:
     """Training on preference pairs: -log sigmoid(r(chosen) - r(rejected))."""
     cfg = stage.cfg
     assert stage.model_path is not None
-    source = data.load(cfg.data)
+    how = preparation(cfg)
     args = RewardConfig(
         **trainer_arguments(stage, cfg.rm.lr),
         center_rewards_coefficient=cfg.rm.center_rewards_coefficient,
-        max_length=cfg.training.max_length,
+        **how.arguments,
     )
+    rows = train_rows(cfg, stage.tokenizer, how, args, stage.output_base)
+    model = without_dropout(load_reward_model(cfg, stage.model_path, stage.tokenizer, trained=True))
     return RmTrainer(
-        model=without_dropout(load_reward_model(cfg, stage.model_path, stage.tokenizer)),
+        model=model,
         args=args,
-        train_dataset=source.preferences("train"),
-        eval_dataset=held_out(stage, source.preferences("held_out")),
+        train_dataset=rows,
+        eval_dataset=held_out(stage, data.load(cfg.data).preferences("held_out")),
         processing_class=stage.tokenizer,
+        peft_config=lora_config(stage, model, "SEQ_CLS"),
     )

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from conf.schema import Slurm, Training
 from launchers import devcluster as dc
 from launchers.slurm import TOKEN
 from post_training.run import ledger, manifest
@@ -39,12 +38,12 @@ UNSEEN_SECONDS = 60.0
 DISK_MB = 96
 """Size of each run's own disk: some checkpoints of a tiny model, soon filled."""
 
-_HAS_WORKERS = any(f.name == "dataloader_num_workers" for f in dataclasses.fields(Training))
-_SLURM_KEYS = {f.name for f in dataclasses.fields(Slurm)}
+LONG = 2
+"""A long stage trains so many times the steps of a short one."""
 
 STAGES = (
     Stage("base", None, 60, 5, workers=1, overrides=("effective_batch_size=128",)),
-    Stage("sft", "base", 60, 5, ranks=2, overrides=("effective_batch_size=256",), long=True),
+    Stage("sft", "base", 60, 5, ranks=2, workers=1, overrides=("effective_batch_size=256",), long=True),
     Stage("dpo", "sft", 60, 5, workers=1, overrides=("effective_batch_size=64",), long=True),
     Stage("ppo", "sft", 60, 5, overrides=("effective_batch_size=64",), long=True),
     Stage("grpo", "ppo", 60, 5, overrides=("effective_batch_size=64",)),
@@ -52,14 +51,6 @@ STAGES = (
 """The drilled pipeline: tiny models whose steps take long enough to be hit."""
 DROPPED = ("rm", "eval_base", "eval_sft", "eval_rm", "eval_ppo", "eval_dpo", "eval_grpo")
 """Stages of pipeline=full that the drill leaves out."""
-
-
-def available_kinds() -> tuple[str, ...]:
-    """The kinds of faults that the project claims to survive so far."""
-    without = set() if _HAS_WORKERS else {"kill_worker"}
-    if "watchdog_minutes" not in _SLURM_KEYS:
-        without |= {"hang_rank", "hang_all"}
-    return tuple(kind for kind in plan.KINDS if kind not in without)
 
 
 def overrides(stages: Sequence[Stage]) -> list[str]:
@@ -73,20 +64,15 @@ def overrides(stages: Sequence[Stage]) -> list[str]:
         "data.num_demonstrations=2000", "data.num_pairs=1000",
         "ppo.max_completion_length=24", "grpo.max_completion_length=24", "ppo.reward.random=1", "grpo.reward.random=1",
         "slurm.partition=low", f"slurm.wall_time={hands.WALL_MINUTES}", "slurm.signal_time_seconds=30",
-        "slurm.max_failures=1000",
+        "slurm.max_failures=1000", "slurm.max_attempts_without_progress=1000", "slurm.watchdog_minutes=0.5",
     ]  # fmt: skip
     if "ppo" in names:
         given += ["pipeline.stages.ppo.reward_model=null", "pipeline.stages.ppo.overrides=[]"]
-    if "watchdog_minutes" in _SLURM_KEYS:
-        given.append("slurm.watchdog_minutes=0.5")
-    if "max_attempts_without_progress" in _SLURM_KEYS:
-        given.append("slurm.max_attempts_without_progress=1000")
     for stage in stages:
         given += [f"{stage.name}.training.{override}" for override in stage.overrides]
         given += [f"{stage.name}.training.max_steps={stage.steps}", f"{stage.name}.slurm.num_nodes={stage.ranks}"]
         given += [f"{stage.name}.checkpointing.save_steps={stage.save_steps}"]
-        if _HAS_WORKERS:
-            given.append(f"{stage.name}.training.dataloader_num_workers={stage.workers}")
+        given.append(f"{stage.name}.training.dataloader_num_workers={stage.workers}")
     return given
 
 
@@ -175,7 +161,8 @@ class Pipeline:
             if mine and seen.first is None:
                 seen.first = now
             if mine:  # else not submitted yet, or forgotten by SLURM
-                live = any(state in verdict.LIVE for state in mine)
+                # SLURM waits for a dead node to come back before it calls a job completed: no time of the run's
+                live = any(s in verdict.LIVE and not (s == "COMPLETING" and view.done) for s in mine)
                 seen.last = None if live else seen.last or now
 
     def ended(self, name: str) -> bool:
@@ -233,6 +220,7 @@ class Drill:
             self.queues[fault.stage].append(fault)
         self.results: list[Result] = []
         self.turns: dict[int, int] = {}
+        self.outlived: dict[int, Result] = {}
         self.open = len(faults)
         self.ends = threading.Event()
         self._lock = threading.Lock()
@@ -310,6 +298,10 @@ class Drill:
                 state = "recovered"
                 break
             if view.done and self.pipeline.ended(view.stage.name):
+                at = round(struck - self.say.start, 1)
+                self.outlived[fault.number] = Result(
+                    fault.number, fault.kind, view.stage.name, "outlived", at, what, attempt
+                )
                 return None
             if self.pipeline.ended(view.stage.name):
                 why = "its job ended and nothing goes on"
@@ -325,7 +317,8 @@ class Drill:
         )  # fmt: skip
 
     def _again(self, fault: Fault) -> None:
-        """Draw a fault anew for a stage that is not done; where there is none, it is missed."""
+        """Draw a fault anew for a stage that is not done. Where there is none, it is missed, unless it did strike a
+        run, which was done before SLURM noticed anything."""
         with self._lock:
             turn = self.turns[fault.number] = self.turns.get(fault.number, 0) + 1
             new = plan.redraw(self.seed, fault, turn, self.pipeline.unfinished())
@@ -333,7 +326,9 @@ class Drill:
                 self.queues[new.stage].append(new)
                 self.queues[new.stage].sort(key=lambda fault: fault.at)
         if new is None:
-            self._close(Result(fault.number, fault.kind, fault.stage, "missed"))
+            self._close(
+                self.outlived.get(fault.number, Result(fault.number, fault.kind, fault.stage, "missed"))
+            )
         else:
             self.say.event(f"fault {fault.number}: {fault.stage} was done before; now for {new.stage}")
 
@@ -537,8 +532,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, required=True, help="what the faults are drawn from")
     parser.add_argument("--faults", type=int, default=12, metavar="K", help="how many (default: %(default)s)")
     parser.add_argument("--stages", default="dpo,grpo", help="stages, with what they need (default: all)")
-    parser.add_argument("--steps", type=int, default=60, help="steps of each stage (default: %(default)s)")
-    parser.add_argument("--kinds", default=",".join(available_kinds()), help="kinds of faults (default: all)")
+    parser.add_argument(
+        "--steps", type=int, default=60, help="steps of base and grpo; the others train twice as long (%(default)s)"
+    )
+    parser.add_argument("--kinds", default=",".join(plan.KINDS), help="kinds of faults (default: all)")
     parser.add_argument("--reference", type=Path, help="folder of an undisturbed run, made there if need be, to reuse")
     parser.add_argument("--keep", action="store_true", help="keep the folder with both runs")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -563,7 +560,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--faults {args.faults}: must be at least 0")
         if args.steps < 20:
             raise ValueError(f"--steps {args.steps}: must be at least 20, for faults to find their moment")
-        stages = [dataclasses.replace(stage, steps=args.steps) for stage in chain(args.stages.split(","))]
+        stages = [
+            dataclasses.replace(stage, steps=args.steps * (LONG if stage.long else 1))
+            for stage in chain(args.stages.split(","))
+        ]
         faults = plan.draw(args.seed, args.faults, stages, kinds)
     except ValueError as error:
         print(f"drill: {error}", file=sys.stderr)

@@ -193,6 +193,11 @@ def _starts_training(process: psutil.Process) -> bool:
     return argv[:1] == ["srun"] and "post_training.train" in argv
 
 
+def _is_guard(process: psutil.Process) -> bool:
+    argv = process.cmdline()
+    return bool(argv) and Path(argv[0]).name == "bash" and any("run.life guard" in arg for arg in argv)
+
+
 def _is_script(process: psutil.Process | None) -> bool:
     return process is not None and any(Path(arg).name == "slurm_script" for arg in process.cmdline())
 
@@ -304,6 +309,9 @@ def kill_srun(target: Target) -> Iterator[str]:
 
 @contextlib.contextmanager
 def kill_shell(target: Target) -> Iterator[str]:
+    # until its guard is up, in a job's first second or two, nobody could requeue it
+    number = str(target.attempt)
+    target.processes(lambda p, env: env.get("POST_TRAINING_ATTEMPT") == number and _is_guard(p))
     # not the script's own background processes, nor an earlier attempt's shell on a node that was given up
     shell = target.processes(lambda p, env: _is_script(p) and not _is_script(p.parent()))[-1]
     _strike(target, [shell], signal.SIGKILL)

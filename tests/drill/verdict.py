@@ -35,7 +35,7 @@ class Result:
     number: int
     kind: str
     stage: str
-    state: str  # recovered; missed (nothing left to strike); failed
+    state: str  # recovered; outlived (it struck, and the run ended well regardless); missed (nothing to strike); failed
     at: float | None = None  # seconds since the drill's start
     what: str = ""  # what was done to whom
     attempt: int | None = None  # the attempt that was struck

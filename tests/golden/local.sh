@@ -17,6 +17,9 @@ cd "$RUN_DIR" || exit 2
 life() { "$PYTHON" -m post_training.run.life "$@"; }
 # wait so many seconds: a sleep that leaves no process behind when its shell is killed
 pause() { read -rt "$1" <> <(:); }
+# the first port from this one on that nobody listens on: another job may share the node
+# shellcheck disable=SC2188  # the redirection alone connects
+free_port() { local port=$1; while (<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 1)); done; echo "$port"; }
 
 hear() { :; }                           # no SLURM to ask
 requeue() { exit 75; }  # the supervisor starts this script again
@@ -51,7 +54,8 @@ trap 'ask TERM' TERM
 trap 'interrupted=1; late=124' USR2
 trap 'interrupted=1; late=86' ALRM
 
-export MASTER_ADDR=127.0.0.1 MASTER_PORT=$((10000 + $$ % 20000)) WORLD_SIZE=1
+MASTER_PORT=$(free_port $((10000 + $$ % 20000)))
+export MASTER_PORT MASTER_ADDR=127.0.0.1 WORLD_SIZE=1
 launch() {
   local rank ranks=() code=0 status
   for ((rank = 0; rank < WORLD_SIZE; rank++)); do

@@ -29,6 +29,9 @@ cd "$RUN_DIR" || exit 2
 life() { "$PYTHON" -m post_training.run.life "$@"; }
 # wait so many seconds: a sleep that leaves no process behind when its shell is killed
 pause() { read -rt "$1" <> <(:); }
+# the first port from this one on that nobody listens on: another job may share the node
+# shellcheck disable=SC2188  # the redirection alone connects
+free_port() { local port=$1; while (<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 1)); done; echo "$port"; }
 
 starts=${SLURM_RESTART_COUNT:-0}
 
@@ -147,9 +150,10 @@ srun --overlap --mem=0 --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" --gpus
 guard=$!
 
 # One task a GPU and no launcher in between: rank and world size come from SLURM's own variables.
-# The batch script runs on the first node, where rank 0 is. The port follows from the job id and the start.
+# The batch script runs on the first node, where rank 0 is. The port follows from the job id and the start, so that no
+# rank of an earlier one finds it.
 MASTER_ADDR=$(hostname)
-MASTER_PORT=$((10000 + (SLURM_JOB_ID * 7 + starts) % 20000))
+MASTER_PORT=$(free_port $((10000 + (SLURM_JOB_ID * 7 + starts) % 20000)))
 export MASTER_ADDR MASTER_PORT
 srun --nodes=1 --ntasks=8 --ntasks-per-node=8 \
   --cpus-per-task=8 --kill-on-bad-exit=1 --export=ALL \
