@@ -11,6 +11,9 @@ from collections.abc import Iterable
 from conf.datasets import KNOWN, STAGE_VIEWS, TRANSFORMS, VIEWS, having, views_of
 from conf.schema import LENGTHS, TECHNIQUES, TEMPLATES, UNTRAINED, Config, Grpo, Reward, Rloo
 
+GUARDRAILS = ("nan", "kl", "saturation", "entropy", "spike")
+"""Rules of `guardrails`, the worst first."""
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16", "float16"),
     "training.lr_scheduler": ("cosine", "linear", "constant", "constant_with_warmup"),
@@ -19,6 +22,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.name": tuple(KNOWN),
     "data.quality.dedup": ("none", "exact", "near"),
     "cluster.scheduler": ("slurm", "local", "auto"),
+    "guardrails.nan": ("off", "warn", "stop"),
+    **{f"guardrails.{rule}": ("off", "warn", "stop", "lower_lr") for rule in GUARDRAILS[1:]},
     "base.packing": ("none", "wrapped"),
     "sft.loss_type": ("nll", "dft"),
     "distill.loss_type": ("nll", "dft"),
@@ -36,6 +41,10 @@ AT_LEAST: dict[str, float] = {
     "training.warmup_steps": 0,
     "training.weight_decay": 0,
     "training.dataloader_num_workers": 0,
+    "guardrails.kl_limit": 1e-6,
+    "guardrails.entropy_floor": 0,
+    "guardrails.spike_limit": 1,
+    "guardrails.window": 2,
     "ppo.num_ppo_epochs": 1,
     "ppo.kl_target": 0.001,
     "ppo.kl_horizon": 1,
@@ -169,6 +178,9 @@ def check_run(cfg: Config) -> None:
         _check_batch(cfg)
         _check_parallel(cfg)
         _check_lora(cfg)
+    if not 0 < cfg.guardrails.lr_factor < 1:
+        problem = "must be above 0 and below 1"
+        raise ConfigError("guardrails.lr_factor", cfg.guardrails.lr_factor, problem, "guardrails.lr_factor=0.5")
     if cfg.stage == "merge" and cfg.merge.adapter is None:
         raise ConfigError("merge.adapter", None, "there is nothing to merge", "merge.adapter=<folder of an adapter>")
     if cfg.stage == "sample":

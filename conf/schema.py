@@ -347,6 +347,22 @@ class Rloo:
 
 
 @dataclass
+class Guardrails:
+    """Rules over the logged figures. Each: off, warn, stop (the run gives up) or lower_lr (from then on)."""
+
+    nan: str = key("stop", "the loss is no finite number: off, warn or stop")
+    kl: str = key("warn", "KL to the reference above kl_limit: off, warn, stop or lower_lr")
+    kl_limit: float = key(15.0, "kl: nats per completion")
+    saturation: str = key("warn", "reward stands still while KL or length grow by half: off, warn, stop or lower_lr")
+    entropy: str = key("warn", "ppo, grpo, rloo: entropy below entropy_floor: off, warn, stop or lower_lr")
+    entropy_floor: float = key(0.1, "entropy: share of its mean over the first log lines")
+    spike: str = key("warn", "loss above its median by spike_limit deviations: off, warn, stop or lower_lr")
+    spike_limit: float = key(10.0, "spike: robust standard deviations")
+    window: int = key(20, "log lines that a rule compares with, and until an alarm that holds on is raised again")
+    lr_factor: float = key(0.5, "lower_lr: the learning rate is multiplied by this, above 0 and below 1")
+
+
+@dataclass
 class Sample:
     reward: Reward = key(Reward(format=0.0), "weights of the verifiable rewards that say which completions are good")
     num_prompts: int | None = key(None, "prompts asked, the first ones of the data; null: all")
@@ -427,6 +443,7 @@ class Config:
     kto: Kto = key(Kto(), "kto stage: Kahneman-Tversky optimisation, single answers marked good or bad")
     grpo: Grpo = key(Grpo(), "grpo stage")
     rloo: Rloo = key(Rloo(), "rloo stage: REINFORCE with the other completions' mean reward as the baseline")
+    guardrails: Guardrails = key(Guardrails(), "what is done when training goes wrong")
     sample: Sample = key(Sample(), "sample stage: rejection sampling, records for sft from a model's best answers")
     eval: Eval = key(Eval(), "eval stage: held-out judgement of one model")
     prepare: Prepare = key(Prepare(), "prepare stage: data tokenised and packed before its stages start, on CPUs")

@@ -103,6 +103,17 @@ def table(stages: list[Judged]) -> RenderableType:
     return result
 
 
+def of_reward_model(stage: Judged) -> str | None:
+    """What the table has no column for; None where the stage is no reward model."""
+    values = stage.results
+    if values.get("calibration_error") is None:
+        return None
+    return (
+        f"{stage.stage} : margin {values['margin']:.2f}, Brier {values['brier']:.3f}, "
+        f"calibration error {values['calibration_error']:.3f}, mean reward {values['mean_reward']:.2f}"
+    )
+
+
 def telling(stages: list[Judged], count: int) -> list[int]:
     """The problems on which the stages disagree most: those tell more than ones that all get right."""
     problems = range(min((len(s.samples) for s in stages), default=0))
@@ -142,7 +153,11 @@ def show(folder: Path) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.width = max(console.width, 90)  # the table's own: also where the output is a file
     console.print(table(stages), markup=False)
-    console.print("~ : within the error bars of its parent\n", markup=False)
+    console.print("~ : within the error bars of its parent", markup=False)
+    for stage in stages:
+        if (line := of_reward_model(stage)) is not None:
+            console.print(line, markup=False)
+    console.print()
     console.print("answers to problems on which the stages disagree:", markup=False)
     for line in sample_lines(stages, NUM_SAMPLES):
         console.print(line, markup=False)

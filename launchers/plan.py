@@ -31,7 +31,9 @@ from post_training.run.history import History, summarise
 
 PIPELINE_FILE = "pipeline.json"
 Frozen = dict[str, Any]
-SECTIONS = ("model", "data", "training", "lora", "checkpointing", "slurm", "cluster", "parallel", "logging")
+SECTIONS = (
+    "model", "data", "training", "lora", "checkpointing", "slurm", "cluster", "parallel", "logging", "guardrails",
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------ the frozen config
@@ -108,6 +110,8 @@ def determining(frozen: Frozen) -> dict[str, Any]:
     if frozen.get("lora", {}).get("r") is not None:  # configs of before it existed stay what they are
         parts["lora"] = frozen["lora"]
     parts["training"] = {k: v for k, v in parts["training"].items() if k != "dataloader_num_workers"}
+    if "lower_lr" in frozen.get("guardrails", {}).values():  # else they change no weight
+        parts["guardrails"] = frozen["guardrails"]
     shared = {key: frozen["parallel"].get(key, False) for key in ("strategy", "offload")}
     return {**parts, "parallel": shared, "inputs": inputs}
 

@@ -36,6 +36,7 @@ def train(run: RunDirectory, attempt: int, progress: Progress, watchdog: Watchdo
     """Train until done or asked to stop; returns the exit code."""
     from post_training.attempt import AttemptCallback, StopFlag, save_for_inference
     from post_training.data import reports_as_json
+    from post_training.guardrails import Guard
     from post_training.stages.common import finish, open_stage, steps_for_tokens, token_counts
     from post_training.tracking import callbacks
 
@@ -51,6 +52,7 @@ def train(run: RunDirectory, attempt: int, progress: Progress, watchdog: Watchdo
     trainer.add_callback(trainer.meter)
     for callback in (*callbacks(stage.cfg, run, attempt), follower):  # what trackers wrote is safe before the manifest
         trainer.add_callback(callback)
+    trainer.add_callback(Guard(stage.cfg.guardrails, run, attempt, trainer))
     if stage.cfg.training.num_training_tokens is not None:
         trainer.args.max_steps = steps_for_tokens(stage.cfg, token_counts(trainer.train_dataset))
 

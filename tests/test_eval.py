@@ -217,3 +217,33 @@ def test_chunks_are_the_whole_in_order(items: list[int], size: int) -> None:
     assert [i for chunk in chunks for i in chunk] == items
     assume(items)
     assert all(len(c) == size for c in chunks[:-1]) and 0 < len(chunks[-1]) <= size
+
+
+# ----------------------------------------------------------------------------------------- calibration
+
+
+def test_calibration_by_hand() -> None:
+    """Two pairs of confidence 0.9, one of them right; one of 0.6, which is right: (0.8 + 0.4) / 3, as written out."""
+    margins = [math.log(9), -math.log(9), math.log(1.5)]
+    figures = judge.calibration(margins)
+    assert figures["calibration_error"] == pytest.approx((abs(1 - 0.9 + 0 - 0.9) + abs(1 - 0.6)) / 3)
+    assert figures["brier"] == pytest.approx((0.1**2 + 0.9**2 + 0.4**2) / 3)
+    assert judge.calibration([0.0, 0.0]) == {"brier": 0.25, "calibration_error": 0.0}
+    assert judge.calibration([1000.0, -1000.0]) == {"brier": 0.5, "calibration_error": 0.5}
+
+
+@given(st.lists(st.floats(-30, 30), min_size=1, max_size=60), st.integers(1, 15))
+def test_calibration_error_bin_by_bin(margins: list[float], bins: int) -> None:
+    total = 0.0
+    for k in range(bins):
+        low, high = 0.5 + k / (2 * bins), 0.5 + (k + 1) / (2 * bins)
+        inside = []
+        for m in margins:
+            confidence = 1 / (1 + math.exp(-abs(m)))
+            assume(all(abs(confidence - edge) > 1e-9 for edge in (low, high)) or m == 0)
+            if low <= confidence < high or (k == bins - 1 and confidence >= high):
+                inside.append((confidence, 1.0 if m > 0 else 0.5 if m == 0 else 0.0))
+        if inside:
+            accuracy, mean = (sum(x[i] for x in inside) / len(inside) for i in (1, 0))
+            total += len(inside) / len(margins) * abs(accuracy - mean)
+    assert judge.calibration(margins, bins)["calibration_error"] == pytest.approx(total, abs=1e-9)

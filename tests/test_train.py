@@ -243,6 +243,7 @@ def test_eval_of_a_policy_and_of_a_reward_model(pipeline: Path, start: Path) -> 
         result = json.loads(run.results.read_text())
         assert (result["metric"], result["count"]) == (metric, count)
         assert 0 <= result["score_low"] <= result["score"] <= result["score_high"] <= 1
+        assert run is policy or (0 < result["brier"] < 1 and 0 <= result["calibration_error"] <= 0.5)
         assert summarise(ledger.read(run.ledger)).training
     samples = [json.loads(line) for line in (policy.model / "samples.jsonl").read_text().splitlines()]
     result = json.loads(policy.results.read_text())

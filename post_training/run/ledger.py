@@ -9,6 +9,7 @@ Every line has `time` (seconds since the epoch), `event` and `version`. The even
     not_exact          attempt, reason                 what holds for this resume instead of bit-exactness
     stop_requested     attempt, signal                 the script was asked to stop
     checkpoint_saved   attempt, step, seconds          a complete checkpoint, manifest included
+    guardrail          attempt, step, rule, action, reason      the logged figures look wrong, and what was done
     set_aside          attempt, folder, reason         a checkpoint that is not whole was renamed, not deleted
     stopped            attempt, step                   the attempt saved and left on request
     attempt_ended      attempt, code, outcome, action, reason, ...      see run.life

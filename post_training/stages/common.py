@@ -222,6 +222,7 @@ def trainer_arguments(stage: Stage, lr: float) -> dict[str, Any]:
         "seed": cfg.seed,
         "logging_steps": cfg.logging.steps,
         "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # a loss that is nan is logged as such: a guardrail looks for it
         "report_to": [],  # post_training.tracking reports
         "run_name": f"{stage.run.pipeline}/{stage.run.name}",
         "disable_tqdm": True,

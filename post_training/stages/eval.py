@@ -45,6 +45,29 @@ def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def calibration(margins: Sequence[float], bins: int = 10) -> dict[str, float]:
+    """How well sigmoid(margin), a Bradley-Terry model's probability that the chosen answer is the better one, is met.
+
+    margins: reward(chosen) - reward(rejected), [pairs]. `brier`: mean of (1 - sigmoid(margin))^2 (Brier 1950).
+    `calibration_error`: expected calibration error (Guo 2017), the mean over pairs of |accuracy - confidence| of the
+    pair's bin. Confidence is sigmoid(|margin|), that of the answer which the model prefers, in equal bins of 0.5 to 1;
+    a margin of 0 is half right.
+    """
+    confident = [_sigmoid(abs(m)) for m in margins]
+    right = [0.5 if m == 0 else float(m > 0) for m in margins]
+    gaps = [0.0] * bins
+    for confidence, ok in zip(confident, right, strict=True):
+        gaps[min(int((confidence - 0.5) * 2 * bins), bins - 1)] += ok - confidence
+    return {
+        "brier": _mean([(1 - _sigmoid(m)) ** 2 for m in margins]),
+        "calibration_error": sum(map(abs, gaps)) / len(margins),
+    }
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
 def repetition(ids: Sequence[int], n: int = 4) -> float:
     """Share of a text's n-grams that occurred in it before: 0 where none repeats."""
     grams = Counter(tuple(ids[i : i + n]) for i in range(len(ids) - n + 1))
@@ -103,7 +126,10 @@ def evaluate(run: RunDirectory, attempt: int, progress: Progress, watchdog: Watc
 def judge_reward_model(
     stage: Stage, pulse: Callable[..., None] | None = None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Held-out preference accuracy and margin of a reward model. pulse: called before each forward pass."""
+    """Held-out preference accuracy, margin, mean reward and calibration of a reward model.
+
+    pulse: called before each forward pass.
+    """
     cfg, tokenizer = stage.cfg, stage.tokenizer
     assert stage.model_path is not None
     model = _ready(load_reward_model(cfg, stage.model_path, tokenizer), pulse)
@@ -123,6 +149,8 @@ def judge_reward_model(
         "score_high": high,
         "count": len(margins),
         "margin": sum(margins) / len(margins),
+        "mean_reward": _mean(scores["chosen"] + scores["rejected"]),
+        **calibration(margins),
     }
     return results, []
 

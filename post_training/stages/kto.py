@@ -21,9 +21,13 @@ class KtoTrainer(ReferenceOnce, KTOTrainer):
         """A batch of `blocks_of_pairs`: its first half are the good answers to the second half's prompts."""
         outputs = super().prediction_step(model, inputs, *args, **kwargs)
         inputs = self._prepare_inputs(inputs)
-        policy, _ = self.compute_ref_log_probs(model, inputs)
         known = inputs["ref_logps"] if self.precompute_ref_logps else None
-        frozen = self.compute_ref_log_probs(self.ref_model, inputs)[0] if known is None else known
+        frozen = self.compute_ref_log_probs(self.ref_model or model, inputs)[0] if known is None else known
+        reference, self.ref_model = self.ref_model, model  # without one, an adapter would be left out
+        try:
+            policy, _ = self.compute_ref_log_probs(model, inputs)
+        finally:
+            self.ref_model = reference
         good, bad = (self.beta * (policy - frozen)).chunk(2)
         right = self.accelerator.gather((good > bad).float())
         self._metrics["eval"]["rewards/accuracies"].append(right.mean().item())
