@@ -7,6 +7,7 @@ of its own kind is working on.
 
 from __future__ import annotations
 
+import json
 import logging
 from functools import cached_property
 from pathlib import Path
@@ -103,6 +104,9 @@ class ExactResume(Trainer):
                     state_dict[name] = whole.to("cpu", held if whole.is_floating_point() else None)
             if self.args.should_save:
                 self._save(output_dir, state_dict)
+                config = Path(output_dir or self.args.output_dir) / "config.json"  # it names the type of the parts
+                about = json.loads(config.read_text()) | {"dtype": str(held).removeprefix("torch.")}
+                config.write_text(json.dumps(about, indent=2) + "\n")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Each tied weight once: DeepSpeed hands over copies, of which save_pretrained cannot see it."""
