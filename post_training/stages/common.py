@@ -20,7 +20,7 @@ from post_training.data.source import DataError
 from post_training.data.tokenizer import load_tokenizer, train_tokenizer
 from post_training.run import manifest
 from post_training.run.directory import RunDirectory, fsync_directory
-from post_training.stages.zero import prepare_zero, zero_config
+from post_training.stages.zero import fsdp_arguments, prepare_zero, zero_config
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -231,6 +231,7 @@ def trainer_arguments(stage: Stage, lr: float) -> dict[str, Any]:
         "save_total_limit": None,
         "use_cpu": on_cpu,
         "deepspeed": zero,
+        **fsdp_arguments(cfg),
         # a backend named in a single process makes accelerate look for a process group that is not there
         "ddp_backend": (cfg.parallel.backend or ("gloo" if on_cpu else "nccl")) if "WORLD_SIZE" in os.environ else None,
         "ddp_find_unused_parameters": False,

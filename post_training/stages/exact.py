@@ -7,6 +7,7 @@ of its own kind is working on.
 
 from __future__ import annotations
 
+import json
 import logging
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from post_training.stages.zero import fsdp_on_cpu
 from post_training.throughput import Meter
 
 logger = logging.getLogger(__name__)
@@ -95,6 +98,28 @@ class ExactResume(Trainer):
         if state["world_size"] != self.args.world_size:
             logger.warning("resumed on %d ranks, saved on %d: not exact", self.args.world_size, state["world_size"])
         self.restore_rank_state(state)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            fsdp_on_cpu(self)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Also whole under FSDP, in the type that the model is computed in; checkpoints hold each rank's part."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+        elif not _internal_call:
+            held = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+            state_dict = {}
+            for name, value in self.model.state_dict().items():
+                whole = value.full_tensor() if isinstance(value, DTensor) else value
+                if self.args.should_save:
+                    state_dict[name] = whole.to("cpu", held if whole.is_floating_point() else None)
+            if self.args.should_save:
+                self._save(output_dir, state_dict)
+                config = Path(output_dir or self.args.output_dir) / "config.json"  # it names the type of the parts
+                about = json.loads(config.read_text()) | {"dtype": str(held).removeprefix("torch.")}
+                config.write_text(json.dumps(about, indent=2) + "\n")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Each tied weight once: DeepSpeed hands over copies, of which save_pretrained cannot see it."""

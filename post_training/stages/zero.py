@@ -1,14 +1,17 @@
-"""DeepSpeed ZeRO: the one place that says how `parallel.strategy=zero2` and `zero3` share a model over ranks."""
+"""How ranks share a model: the one place that says what `parallel.strategy=zero2`, `zero3` and `fsdp2` mean."""
 
 from __future__ import annotations
 
 import os
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from conf.schema import Config
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 
 def zero_config(cfg: Config) -> dict[str, Any] | None:
@@ -31,6 +34,11 @@ def zero_config(cfg: Config) -> dict[str, Any] | None:
             "stage3_param_persistence_threshold": "auto",
             "stage3_gather_16bit_weights_on_model_save": True,  # else a saved model holds placeholders
         }
+    if cfg.parallel.offload:
+        on_host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = on_host
+        if stage == 3:
+            zero["offload_param"] = on_host
     return {
         "zero_optimization": zero,
         "bf16": {"enabled": cfg.model.dtype == "bfloat16"},
@@ -58,3 +66,34 @@ def prepare_zero(cfg: Config) -> None:
     backend = cfg.parallel.backend or ("nccl" if torch.cuda.is_available() else "gloo")
     timeout = timedelta(minutes=cfg.parallel.timeout_minutes)
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+
+
+def fsdp_arguments(cfg: Config) -> dict[str, Any]:
+    """TrainingArguments for torch's fully_shard, through accelerate; none where the strategy is another.
+
+    Every decoder layer is a unit of its own. Checkpoints are written in parts, one a rank; a saved model is whole:
+    post_training.stages.exact gathers it.
+    """
+    if cfg.parallel.strategy != "fsdp2":
+        return {}
+    return {
+        "fsdp": True,
+        "fsdp_config": {
+            "version": 2,
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "reshard_after_forward": True,
+            "state_dict_type": "SHARDED_STATE_DICT",
+        },
+    }
+
+
+def fsdp_on_cpu(trainer: Trainer) -> None:
+    """Turn FSDP on where accelerate has left it off without a word: on a CPU, where it would go on as DDP."""
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
+    state = trainer.accelerator.state
+    state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
+    if state.mixed_precision != "no":
+        plugin.set_mixed_precision(state.mixed_precision)
+    trainer.is_fsdp_enabled = True
