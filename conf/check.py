@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 
 from conf.datasets import KNOWN, STAGE_VIEWS, TRANSFORMS, VIEWS, having, views_of
-from conf.schema import LENGTHS, TECHNIQUES, TEMPLATES, Config
+from conf.schema import LENGTHS, TECHNIQUES, TEMPLATES, UNTRAINED, Config
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16", "float16"),
@@ -18,6 +18,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.name": tuple(KNOWN),
     "data.quality.dedup": ("none", "exact", "near"),
     "cluster.scheduler": ("slurm", "local", "auto"),
+    "base.packing": ("none", "wrapped"),
+    "sft.loss_type": ("nll", "dft"),
+    "distill.loss_type": ("nll", "dft"),
 }
 AT_LEAST: dict[str, float] = {
     "training.effective_batch_size": 1,
@@ -49,7 +52,20 @@ AT_LEAST: dict[str, float] = {
     "eval.batch_size": 1,
     "eval.max_new_tokens": 1,
     "parallel.timeout_minutes": 1,
+    "lora.r": 1,
+    "model.vocab_size": 265,
+    "lora.alpha": 1,
+    "sft.kl_coef": 0,
+    "sft.neftune_noise_alpha": 0,
+    "distill.kl_coef": 0,
+    "distill.neftune_noise_alpha": 0,
+    "sample.num_prompts": 1,
+    "sample.num_samples": 1,
+    "sample.keep": 1,
+    "sample.max_completion_length": 1,
+    "sample.batch_size": 1,
 }
+LORA_STAGES = ("sft", "distill", "rm", "dpo", "orpo", "kto", "grpo")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*")
 
 
@@ -133,15 +149,20 @@ def check_run(cfg: Config) -> None:
     _check_slurm(cfg)
     _check_model(cfg)
     _check_data(cfg)
-    if cfg.stage not in ("eval", "prepare"):
+    if cfg.stage not in UNTRAINED:
         _check_length(cfg)
         _check_batch(cfg)
         _check_parallel(cfg)
-    if cfg.stage == "sft":
-        for name in cfg.sft.random_templates:
+        _check_lora(cfg)
+    if cfg.stage == "merge" and cfg.merge.adapter is None:
+        raise ConfigError("merge.adapter", None, "there is nothing to merge", "merge.adapter=<folder of an adapter>")
+    if cfg.stage == "sample":
+        _check_sample(cfg)
+    if cfg.stage in ("sft", "distill"):
+        for name in getattr(cfg, cfg.stage).random_templates:
             if name not in TEMPLATES:
                 problem = f"must be some of {', '.join(TEMPLATES)}"
-                raise ConfigError("sft.random_templates", name, problem, nearest(name, TEMPLATES))
+                raise ConfigError(f"{cfg.stage}.random_templates", name, problem, nearest(name, TEMPLATES))
     if cfg.stage == "ppo":
         reward = cfg.ppo.reward
         if not (reward.correct or reward.format or reward.random or cfg.ppo.reward_model_weight):
@@ -200,6 +221,9 @@ def _check_slurm(cfg: Config) -> None:
 def _check_model(cfg: Config) -> None:
     if not 0 <= cfg.model.dropout < 1:
         raise ConfigError("model.dropout", cfg.model.dropout, "must be at least 0 and below 1", "model.dropout=0.1")
+    if cfg.model.tokenizer == "train" and cfg.model.name_or_path is not None:
+        problem = "a pretrained model brings its own"
+        raise ConfigError("model.tokenizer", "train", problem, "model.tokenizer=bytes (unused), or no name_or_path")
     if cfg.model.hidden_size % cfg.model.num_heads:
         raise ConfigError(
             "model.num_heads", cfg.model.num_heads, f"must divide model.hidden_size={cfg.model.hidden_size}",
@@ -315,6 +339,49 @@ def _check_parallel(cfg: Config) -> None:
     if cfg.parallel.strategy != "ddp" and world_size(cfg) == 1:
         problem = "there is one rank, which has nobody to share the model with"
         raise ConfigError("parallel.strategy", cfg.parallel.strategy, problem, "parallel=ddp, or more ranks")
+
+
+def _check_sample(cfg: Config) -> None:
+    how = cfg.sample
+    if how.temperature <= 0:
+        problem = "every completion of a prompt would be the same"
+        raise ConfigError("sample.temperature", how.temperature, problem, "sample.temperature=1")
+    if not 0 < how.top_p <= 1:
+        raise ConfigError("sample.top_p", how.top_p, "must be above 0 and at most 1", "sample.top_p=0.95")
+    if how.keep > how.num_samples:
+        problem = f"there are sample.num_samples={how.num_samples} to keep from"
+        raise ConfigError("sample.keep", how.keep, problem, f"sample.keep={how.num_samples}")
+    most = sum(max(0.0, w) for w in (how.reward.correct, how.reward.format, how.reward.random))
+    if how.min_reward > most:
+        problem = f"the most that sample.reward can give is {most:g}"
+        raise ConfigError("sample.min_reward", how.min_reward, problem, f"sample.min_reward={most:g}")
+
+
+def _check_lora(cfg: Config) -> None:
+    lora = cfg.lora
+    if not 0 <= lora.dropout < 1:
+        raise ConfigError("lora.dropout", lora.dropout, "must be at least 0 and below 1", "lora.dropout=0.05")
+    targets = lora.target_modules
+    if targets != "all-linear" and not (isinstance(targets, list) and targets):
+        fix = "lora.target_modules=all-linear, or a list as in [q_proj,v_proj]"
+        raise ConfigError("lora.target_modules", targets, "neither all-linear nor a list of layers' names", fix)
+    if lora.quantize not in (None, "nf4", "fp4"):
+        raise ConfigError("lora.quantize", lora.quantize, "must be nf4, fp4 or null", "lora.quantize=nf4")
+    if lora.r is None:
+        if lora.quantize is not None:
+            problem = "weights held in 4 bits cannot be trained; adapters beside them can"
+            raise ConfigError("lora.quantize", lora.quantize, problem, "lora.r=16")
+        return
+    if cfg.stage not in LORA_STAGES:
+        fix = f"give it to the stages that take it, as in sft.lora.r={lora.r}"
+        raise ConfigError("lora.r", lora.r, f"{cfg.stage} trains all weights", fix)
+    if lora.quantize is not None and cfg.parallel.strategy == "zero3":
+        problem = "ZeRO-3 cannot share weights held in 4 bits"
+        raise ConfigError("lora.quantize", lora.quantize, problem, "parallel=zero2, or lora.quantize=null")
+    # the Python that submits runs the jobs too, unless cluster.python says otherwise
+    if lora.quantize is not None and cfg.cluster.python is None and importlib.util.find_spec("bitsandbytes") is None:
+        fix = "pip install bitsandbytes (the extra [qlora]), or lora.quantize=null"
+        raise ConfigError("lora.quantize", lora.quantize, "the package bitsandbytes is not installed", fix)
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

@@ -35,7 +35,8 @@ class Model:
     name_or_path: str | None = key(None, "hub id or folder of the start model; null: built from the keys below")
     dtype: str = key("bfloat16", "dtype of the weights while training: float32, bfloat16 or float16")
     attn_implementation: str = key("sdpa", "attention kernel: sdpa, eager, flash_attention_2, ...")
-    tokenizer: str = key("bytes", "'bytes' (no file needed), or hub id or folder; a pretrained model brings its own")
+    tokenizer: str = key("bytes", "'bytes', 'train' (BPE, on the base stage's documents), hub id or folder")
+    vocab_size: int = key(32000, "tokenizer=train: tokens at most, of which 265 are bytes, roles and tags")
     chat_template: str | None = key(
         None,
         "think_answer, chatml, llama3, qwen3, tulu3, alpaca, or a Jinja file; null: the tokenizer's own, if any",
@@ -116,6 +117,15 @@ class Training:
 
 
 @dataclass
+class Lora:
+    r: int | None = key(None, "rank of LoRA adapters, the only weights that are trained; null: all weights are trained")
+    alpha: int = key(32, "adapters are scaled by alpha / r")
+    dropout: float = key(0.0, "dropout of what goes into the adapters, 0 up to 1")
+    target_modules: Any = key("all-linear", "layers with adapters: all-linear (all but the head), or a list of names")
+    quantize: str | None = key(None, "start model held in 4 bits, nf4 or fp4 (QLoRA); needs bitsandbytes; null: not")
+
+
+@dataclass
 class Checkpointing:
     save_steps: int = key(500, "optimizer steps between full checkpoints")
     save_minutes: Any = key(None, "minutes between full checkpoints, beside save_steps; auto: by cost and risk; null")
@@ -181,6 +191,7 @@ class Inputs:
     model: str | None = key(None, "folder or hub id of the model to train; null: what the pipeline says")
     reference: str | None = key(None, "folder or hub id of the frozen reference; null: what the pipeline says")
     reward_model: str | None = key(None, "folder or hub id of the reward model; null: what the pipeline says")
+    data: str | None = key(None, "output folder of a sample stage to train on; null: what the pipeline says")
 
 
 # ------------------------------------------------------------------------------------------ techniques
@@ -189,6 +200,7 @@ class Inputs:
 @dataclass
 class Base:
     lr: float = key(3e-4, "peak learning rate")
+    packing: str = key("none", "none: a row is a document; wrapped: documents end to end, cut into rows of max_length")
 
 
 @dataclass
@@ -196,6 +208,21 @@ class Sft:
     lr: float = key(2e-5, "peak learning rate")
     packing: bool = key(False, "several samples in one row (best-fit decreasing); needs flash_attention_2")
     random_templates: list[str] = key([], "formats drawn per sample beside model.chat_template, as in [chatml,alpaca]")
+    loss_type: str = key("nll", "nll, or dft: each token's loss weighted by its probability (arXiv:2508.05629)")
+    kl_coef: float = key(0.0, "weight of the per-token KL to the start model, held as a frozen copy; 0: none")
+    neftune_noise_alpha: float | None = key(None, "strength of noise on embeddings (arXiv:2310.05914); null: none")
+
+
+@dataclass
+class Distill(Sft):
+    """As sft, on traces in think/answer form alone."""
+
+    lr: float = key(1e-5, "peak learning rate")
+
+
+@dataclass
+class Merge:
+    adapter: str | None = key(None, "folder of the LoRA adapter that is merged into the stage's model")
 
 
 @dataclass
@@ -261,6 +288,19 @@ class Grpo:
 
 
 @dataclass
+class Sample:
+    reward: Reward = key(Reward(format=0.0), "weights of the verifiable rewards that say which completions are good")
+    num_prompts: int | None = key(None, "prompts asked, the first ones of the data; null: all")
+    num_samples: int = key(8, "completions sampled for each prompt")
+    keep: int = key(1, "different completions kept for each prompt: the best ones, of equals the shortest")
+    min_reward: float = key(1.0, "completions with less than this are never kept")
+    temperature: float = key(1.0, "sampling temperature")
+    top_p: float = key(1.0, "sampled from the likeliest tokens that make up this share, above 0 up to 1")
+    max_completion_length: int = key(256, "longest completion, tokens; one that is cut there is not kept")
+    batch_size: int = key(16, "prompts sampled together; after each batch the work so far is safe")
+
+
+@dataclass
 class Eval:
     max_new_tokens: int = key(256, "longest answer, tokens")
     batch_size: int = key(256, "prompts per generation batch")
@@ -285,6 +325,7 @@ class Node:
     model: str | None = key(None, "the stage whose output it trains or evaluates")
     reference: str | None = key(None, "the stage whose output is its frozen reference; null: its own start model")
     reward_model: str | None = key(None, "the stage whose output scores its samples")
+    data: str | None = key(None, "the sample stage whose records it trains on: sft and distill; null: data.*")
     after: list[str] = key([], "further stages that must be done first")
     overrides: list[str] = key([], "Hydra overrides for this stage alone")
 
@@ -311,26 +352,34 @@ class Config:
     checkpointing: Checkpointing = key(Checkpointing(), "what is saved, and when")
     slurm: Slurm = key(Slurm(), "what each job asks for; under cluster=local wall time, signal and CPUs hold too")
     cluster: Cluster = key(Cluster(), "where jobs run")
+    lora: Lora = key(Lora(), "adapters instead of all weights: sft, distill, rm, dpo, orpo, kto and grpo")
     parallel: Parallel = key(Parallel(), "how ranks share the work")
     logging: Logging = key(Logging(), "what is logged, and where to")
     paths: Paths = key(Paths(), "folders")
     inputs: Inputs = key(Inputs(), "models from outside the pipeline")
     base: Base = key(Base(), "base stage: a causal LM from scratch")
     sft: Sft = key(Sft(), "sft stage: supervised fine-tuning, loss on assistant tokens")
+    distill: Distill = key(Distill(), "distill stage: supervised fine-tuning on reasoning traces")
+    merge: Merge = key(Merge(), "merge stage: an adapter merged into its model")
     rm: Rm = key(Rm(), "rm stage: Bradley-Terry reward model")
     ppo: Ppo = key(Ppo(), "ppo stage")
     dpo: Dpo = key(Dpo(), "dpo stage")
     orpo: Orpo = key(Orpo(), "orpo stage: odds-ratio preference optimisation, no reference")
     kto: Kto = key(Kto(), "kto stage: Kahneman-Tversky optimisation, single answers marked good or bad")
     grpo: Grpo = key(Grpo(), "grpo stage")
+    sample: Sample = key(Sample(), "sample stage: rejection sampling, records for sft from a model's best answers")
     eval: Eval = key(Eval(), "eval stage: held-out judgement of one model")
     prepare: Prepare = key(Prepare(), "prepare stage: data tokenised and packed before its stages start, on CPUs")
     pipeline: Pipeline = key(Pipeline(), "the graph of stages")
     stages: dict[str, Any] = key({}, "what `<stage>.<key>=...` on the command line sets for one stage alone")
 
 
-TECHNIQUES = ("base", "sft", "rm", "ppo", "dpo", "orpo", "kto", "grpo", "eval", "prepare")
+TECHNIQUES = ("base", "sft", "distill", "merge", "rm", "ppo", "dpo", "orpo", "kto", "grpo", "sample", "eval",
+              "prepare")  # fmt: skip
 """Stages with a section of their own in the config, and a file in post_training/stages/."""
+
+UNTRAINED = ("merge", "sample", "eval", "prepare")
+"""Stages that take no steps: length, batch, parallel and lora say nothing about them."""
 
 TEMPLATES = ("think_answer", "chatml", "llama3", "qwen3", "tulu3", "alpaca")
 """Chat templates that have a name; their texts are in post_training/data/templates.py."""

@@ -76,6 +76,9 @@ COLUMNS = (
     ("repetition", "repeat", "{:.3f}"),
     ("reward", "reward", "{:.3f}"),
     ("length", "tokens", "{:.1f}"),
+    ("format", "form", "{:.2f}"),
+    ("steps", "steps", "{:.1f}"),
+    ("steps_right", "right", "{:.2f}"),
 )
 
 

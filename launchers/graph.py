@@ -9,8 +9,10 @@ from dataclasses import replace
 from conf.check import ConfigError, nearest
 from conf.schema import TECHNIQUES, Node
 
-ROLES = ("model", "reference", "reward_model")
+ROLES = ("model", "reference", "reward_model", "data")
 """What the output of an upstream stage can be to a stage."""
+
+TRAIN_ON_SAMPLES = ("sft", "distill")
 
 
 def upstream(node: Node) -> list[str]:
@@ -42,6 +44,12 @@ def check(stages: Mapping[str, Node]) -> None:
                 if role != "after" and stages[other].stage == "prepare":
                     problem = "prepares data and has no model"
                     raise ConfigError(f"{key}.{role}", other, problem, f"{key}.after=[{other}]")
+        if node.data is not None and (node.stage not in TRAIN_ON_SAMPLES or stages[node.data].stage != "sample"):
+            problem = (
+                f"a {node.stage} stage takes no other stage's records" if node.stage not in TRAIN_ON_SAMPLES
+                else f"is a {stages[node.data].stage} stage, which makes no records"
+            )  # fmt: skip
+            raise ConfigError(f"{key}.data", node.data, problem, "a sample stage's name, on an sft or distill stage")
     try:
         order(stages)
     except graphlib.CycleError as error:
@@ -82,11 +90,12 @@ def without_base(stages: Mapping[str, Node]) -> tuple[dict[str, Node], dict[str,
     for name, node in stages.items():
         if name not in gone:
             roles = tuple(role for role in ROLES if getattr(node, role) in gone)
-            model, reference, reward_model = (None if role in roles else getattr(node, role) for role in ROLES)
             if roles:
                 freed[name] = roles
             after = [other for other in node.after if other not in gone]
-            kept[name] = replace(node, model=model, reference=reference, reward_model=reward_model, after=after)
+            kept[name] = replace(node, after=after)
+            for role in roles:
+                setattr(kept[name], role, None)
     return kept, freed
 
 

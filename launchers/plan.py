@@ -31,7 +31,7 @@ from post_training.run.history import History, summarise
 
 PIPELINE_FILE = "pipeline.json"
 Frozen = dict[str, Any]
-SECTIONS = ("model", "data", "training", "checkpointing", "slurm", "cluster", "parallel", "logging")
+SECTIONS = ("model", "data", "training", "lora", "checkpointing", "slurm", "cluster", "parallel", "logging")
 
 
 # ------------------------------------------------------------------------------------ the frozen config
@@ -66,9 +66,11 @@ def freeze(cfg: Config, name: str, run_name: str, inputs: Mapping[str, Any]) -> 
     for section, keys in {
         "model": ("name_or_path", "tokenizer"),
         "data": ("path", "eval_path"),
+        "merge": ("adapter",),
     }.items():
         for key in keys:
-            plain[section][key] = absolute(plain[section][key])
+            if plain[section][key] not in ("bytes", "train"):  # tokenizers, though files may be called so
+                plain[section][key] = absolute(plain[section][key])
     plain["model"]["chat_template"] = _frozen_template(cfg.model.chat_template)
     for part in plain["data"]["datasets"]:
         part["path"] = absolute(part["path"])
@@ -90,7 +92,11 @@ def determining(frozen: Frozen) -> dict[str, Any]:
     """The part of a frozen config that determines the output: where and how fast it runs is not in it."""
     stage = frozen["stage"]
     inputs = {role: source and (source["identity"] or source["path"]) for role, source in frozen["inputs"].items()}
+    if inputs.get("data") is None:  # as above
+        inputs.pop("data", None)
     parts = {section: frozen[section] for section in ("stage", "seed", "model", "data", "training", stage)}
+    if frozen.get("lora", {}).get("r") is not None:  # configs of before it existed stay what they are
+        parts["lora"] = frozen["lora"]
     parts["training"] = {k: v for k, v in parts["training"].items() if k != "dataloader_num_workers"}
     return {**parts, "parallel": {"strategy": frozen["parallel"]["strategy"]}, "inputs": inputs}
 
@@ -387,8 +393,11 @@ def prepare_targets(selection: Selection, name: str) -> dict[str, Any]:
     able = [
         other
         for other, node in selection.stages.items()
-        if node.stage in PREPARABLE and selection.config(other).data.transform_file in (None, functions)
-    ]  # with transforms of a file that is not in the job's code, a stage prepares for itself
+        if node.stage in PREPARABLE
+        and node.data is None
+        and selection.config(other).data.transform_file in (None, functions)
+        and not _trains_tokenizer(selection, other)
+    ]  # what does not exist yet, or is not in the job's code, a stage prepares for itself
     for other in asked:
         if other not in able:
             raise ConfigError("prepare.stages", other, "no stage whose data can be prepared", nearest(other, able))
@@ -414,6 +423,11 @@ def _lineage(selection: Selection, name: str) -> tuple[str | None, list[dict[str
         frozen = freeze(selection.config(value), value, selection.run_name, {})
         return path, [*before, {k: frozen["model"][k] for k in ("tokenizer", "chat_template")}]
     return (absolute(value) if kind == "path" else None), []
+
+
+def _trains_tokenizer(selection: Selection, name: str) -> bool:
+    path, lineage = _lineage(selection, name)
+    return path is None and [*(m["tokenizer"] for m in lineage), selection.config(name).model.tokenizer][0] == "train"
 
 
 def _completed(selection: Selection, name: str) -> Config:

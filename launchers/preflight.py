@@ -55,7 +55,9 @@ def check_paths(cfg: Config) -> None:
         "model.name_or_path": cfg.model.name_or_path,
         **{f"inputs.{role}": getattr(cfg.inputs, role) for role in graph.ROLES},
     }
-    if cfg.model.name_or_path is None and cfg.model.tokenizer != "bytes":
+    if cfg.stage == "merge":
+        sources["merge.adapter"] = cfg.merge.adapter
+    if cfg.model.name_or_path is None and cfg.model.tokenizer not in ("bytes", "train"):
         sources["model.tokenizer"] = cfg.model.tokenizer
     for key, value in sources.items():
         if value is not None:
@@ -131,6 +133,9 @@ def _check_source(key: str, value: str, offline: bool) -> None:
 def _check_model_folder(key: str, value: str, path: Path) -> None:
     if (path / "config.yaml").is_file() and (path / "ledger.jsonl").exists():
         raise ConfigError(key, value, "is a run directory, not a model", f"{key}={path / 'model'}")
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        fix = f"stage=merge merge.adapter={value} inputs.model=<the model it was trained on> makes a model of it"
+        raise ConfigError(key, value, "is an adapter, not a model", fix)
     if (path / manifest.NAME).exists() and (why := manifest.problem(path)):
         raise ConfigError(key, value, f"is not complete: {why}", "wait for its run to finish, or choose another model")
 

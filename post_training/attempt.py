@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from conf.schema import Checkpointing
 from post_training import resume
+from post_training.adapters import save_merged
 from post_training.run import ledger, life, manifest
 from post_training.run.directory import RunDirectory, write_atomic
 from post_training.run.progress import Progress
@@ -243,6 +244,8 @@ def save_for_inference(trainer: Trainer, folder: Path) -> None:
     save_policy = getattr(trainer, "save_policy", None)
     if save_policy is not None:  # ppo trains policy and value head as one; others want the policy alone
         save_policy(str(folder))
+    elif hasattr(trainer.model, "peft_config"):
+        save_merged(trainer, folder)
     else:
         trainer.save_model(str(folder))
     trainer.accelerator.wait_for_everyone()

@@ -137,6 +137,14 @@ def run_attempt(run: RunDirectory, attempt: int) -> int:
             from post_training.stages.prepare import prepare
 
             return prepare(run, attempt, progress, watchdog)
+        if config["stage"] == "merge":
+            from post_training.stages.merge import merge_adapter
+
+            return merge_adapter(run, attempt, progress)
+        if config["stage"] == "sample":
+            from post_training.stages.sample import sample
+
+            return sample(run, attempt, progress, watchdog)
         return train(run, attempt, progress, watchdog)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)

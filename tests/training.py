@@ -63,6 +63,7 @@ TINY = [
     "ppo.reward.random=1",  # the tiny model is never right, and without a reward nothing is learnt
     "grpo.reward.random=1",
     "eval.max_new_tokens=8",
+    "sample.max_completion_length=8",
     "eval.num_problems=8",
 ]
 
@@ -97,7 +98,7 @@ def make_run(root: Path, stage: str, *overrides: str, name: str = "", **inputs: 
     name = name or stage
     run = RunDirectory(root / name)
     run.create()
-    sources: dict[str, Any] = {"model": None, "reference": None, "reward_model": None}
+    sources: dict[str, Any] = {"model": None, "reference": None, "reward_model": None, "data": None}
     sources |= {k: {"path": str(p), "run_dir": str(p.parent)} for k, p in inputs.items()}
     config = make_config(stage, *overrides)
     config |= {"version": 1, "name": name, "identity": f"id-{name}", "pipeline": root.name, "inputs": sources}

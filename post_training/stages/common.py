@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,10 @@ from omegaconf import OmegaConf
 
 from conf.check import accumulation_steps
 from conf.schema import Config
-from post_training.data.tokenizer import load_tokenizer
+from post_training import data
+from post_training.adapters import is_adapter, quantization
+from post_training.data.source import DataError
+from post_training.data.tokenizer import load_tokenizer, train_tokenizer
 from post_training.run import manifest
 from post_training.run.directory import RunDirectory, fsync_directory
 from post_training.stages.zero import prepare_zero, zero_config
@@ -32,6 +37,7 @@ class Stage:
     model_path: str | None  # start model; None: from scratch
     reference_path: str | None  # frozen reference; None: the start model
     reward_model_path: str | None
+    data_path: str | None = None  # output of a sample stage to train on; None: the data set
 
     @property
     def output_base(self) -> Path:
@@ -56,8 +62,26 @@ def open_stage(run: RunDirectory) -> Stage:
     frozen = run.read_config()
     cfg = load_config(frozen)
     paths = {name: (source or {}).get("path") for name, source in frozen["inputs"].items()}
-    tokenizer = load_tokenizer(cfg.model, paths["model"], cfg.data.system_prompt)
-    return Stage(cfg, run, tokenizer, paths["model"], paths["reference"], paths["reward_model"])
+    train_own = paths["model"] is None and cfg.model.tokenizer == "train"
+    if train_own:
+        tokenizer = _own_tokenizer(cfg, run)
+    else:
+        tokenizer = load_tokenizer(cfg.model, paths["model"], cfg.data.system_prompt)
+    return Stage(cfg, run, tokenizer, paths["model"], paths["reference"], paths["reward_model"], paths.get("data"))
+
+
+def _own_tokenizer(cfg: Config, run: RunDirectory) -> PreTrainedTokenizerBase:
+    """The tokenizer trained on the stage's documents: by the first to come, and kept for all ranks and attempts."""
+    folder = run.checkpoints / "tokenizer"  # where restart=true sets it aside
+    if not folder.is_dir():
+        texts = data.load(cfg.data).documents("train")["text"]
+        partial = folder.with_name(f".tokenizer-{os.environ.get('RANK', '0')}-{os.getpid()}")
+        train_tokenizer(iter(texts), cfg.model.vocab_size).save_pretrained(str(partial))
+        try:
+            partial.rename(folder)
+        except OSError:  # another rank was first, with the same one
+            shutil.rmtree(partial)
+    return load_tokenizer(cfg.model, str(folder), cfg.data.system_prompt)
 
 
 def finish(run: RunDirectory, partial: Path, **about: Any) -> None:
@@ -96,14 +120,26 @@ def build_model(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMo
     return LlamaForCausalLM(config).to(dtype(cfg))
 
 
-def load_causal_lm(cfg: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A causal LM from a folder or hub id, its embedding grown where the tokenizer has new tokens."""
-    from transformers import AutoModelForCausalLM
+def load_causal_lm(
+    cfg: Config, path: str, tokenizer: PreTrainedTokenizerBase, trained: bool = False
+) -> PreTrainedModel:
+    """A causal LM from a folder or hub id, its embedding grown where the tokenizer has new tokens.
 
+    trained: it is the one that the stage trains, so `lora.quantize` is for it. Raises DataError for an adapter.
+    """
+    from transformers import AutoModelForCausalLM, set_seed
+
+    if is_adapter(path):
+        raise DataError(
+            f"inputs.model={path}: is an adapter, not a model\n  fix: merge it first, as in "
+            f"python -m launchers.submit stage=merge merge.adapter={path} inputs.model=<its base>"
+        )
     model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype(cfg), attn_implementation=cfg.model.attn_implementation
-    )
+        path, dtype=dtype(cfg), attn_implementation=cfg.model.attn_implementation,
+        **(quantization(cfg) if trained else {}),
+    )  # fmt: skip
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        set_seed(cfg.seed)  # new rows are drawn; where they are not in checkpoints, every attempt draws the same
         model.resize_token_embeddings(len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -123,14 +159,20 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def load_reward_model(cfg: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A scalar reward model: a causal LM's trunk with one output. A new head starts from the seed."""
+def load_reward_model(
+    cfg: Config, path: str, tokenizer: PreTrainedTokenizerBase, trained: bool = False
+) -> PreTrainedModel:
+    """A scalar reward model: a causal LM's trunk with one output. A new head starts from the seed.
+
+    trained: as for load_causal_lm.
+    """
     from transformers import AutoModelForSequenceClassification, set_seed
 
     set_seed(cfg.seed)
     model = AutoModelForSequenceClassification.from_pretrained(
-        path, num_labels=1, dtype=dtype(cfg), attn_implementation=cfg.model.attn_implementation
-    )
+        path, num_labels=1, dtype=dtype(cfg), attn_implementation=cfg.model.attn_implementation,
+        **(quantization(cfg) if trained else {}),
+    )  # fmt: skip
     model.config.pad_token_id = tokenizer.pad_token_id
     return model
 
@@ -213,3 +255,14 @@ def steps_for_tokens(cfg: Config, lengths: list[int]) -> int:
     assert cfg.training.num_training_tokens is not None
     tokens_per_step = cfg.training.effective_batch_size * sum(lengths) / len(lengths)
     return max(1, round(cfg.training.num_training_tokens / tokens_per_step))
+
+
+def samples_per_row(rows: Dataset) -> float:
+    """Samples in a row of packed samples, on average."""
+    return sum(map(len, rows["seq_lengths"])) / len(rows)
+
+
+def steps_for_samples(cfg: Config, per_row: float) -> int:
+    """Optimizer steps until `training.num_training_samples` samples were seen, where a row holds `per_row` of them."""
+    assert cfg.training.num_training_samples is not None
+    return max(1, math.ceil(cfg.training.num_training_samples / (cfg.training.effective_batch_size * per_row)))

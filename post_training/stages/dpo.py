@@ -6,6 +6,7 @@ from transformers import Trainer
 from trl import DPOConfig, DPOTrainer
 
 from conf.schema import Config
+from post_training.adapters import lora_config
 from post_training.data.prepared import Preparation, Prepared, train_rows
 from post_training.stages.common import Stage, load_causal_lm, trainer_arguments, without_dropout
 from post_training.stages.exact import ExactResume
@@ -32,10 +33,12 @@ def build_trainer(stage: Stage) -> Trainer:
         **how.arguments,
     )
     rows = train_rows(cfg, stage.tokenizer, how, args, stage.output_base)
+    model = without_dropout(load_causal_lm(cfg, stage.model_path, stage.tokenizer, trained=True))
     return DpoTrainer(
-        model=without_dropout(load_causal_lm(cfg, stage.model_path, stage.tokenizer)),
+        model=model,
         ref_model=load_causal_lm(cfg, stage.reference_path or stage.model_path, stage.tokenizer),
         args=args,
         train_dataset=rows,
         processing_class=stage.tokenizer,
+        peft_config=lora_config(stage, model),
     )

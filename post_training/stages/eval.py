@@ -21,6 +21,7 @@ from conf.schema import Reward
 from post_training import data
 from post_training.attempt import StopFlag, Watchdog
 from post_training.data.source import DataError
+from post_training.rewards.steps import step_figures
 from post_training.rewards.verify import has_format, is_correct
 from post_training.run import ledger, life
 from post_training.run.directory import RunDirectory, write_atomic
@@ -55,13 +56,12 @@ class Asked(Exception):
     """The attempt is to leave: an evaluation has nothing to save, and starts again."""
 
 
-def evaluate(run: RunDirectory, attempt: int, progress: Progress, watchdog: Watchdog) -> int:
-    """Judge the run's input model and write its output: results.json and samples.jsonl. Returns the exit code."""
+def make_pulse(run: RunDirectory, attempt: int, progress: Progress, watchdog: Watchdog) -> Callable[..., None]:
+    """What to call before each forward pass: alive, and ready to leave, by Asked, in the middle of a long answer."""
     stop_flag = StopFlag()
     looked = 0.0
 
     def pulse(*_: object) -> None:
-        """Before each forward pass: alive, and ready to leave in the middle of a long answer."""
         nonlocal looked
         watchdog.beat()
         progress.write()
@@ -69,6 +69,12 @@ def evaluate(run: RunDirectory, attempt: int, progress: Progress, watchdog: Watc
             raise Asked
         looked = max(looked, time.monotonic() - 1)
 
+    return pulse
+
+
+def evaluate(run: RunDirectory, attempt: int, progress: Progress, watchdog: Watchdog) -> int:
+    """Judge the run's input model and write its output: results.json and samples.jsonl. Returns the exit code."""
+    pulse = make_pulse(run, attempt, progress, watchdog)
     stage = open_stage(run)
     assert stage.model_path is not None
     with run.writing_as(attempt):
@@ -177,6 +183,7 @@ def judge_policy(
             "reward": _mean([weights.correct * r + weights.format * f for r, f in zip(right, form, strict=True)]),
             "repetition": _mean([repetition(ids) for _, ids in answers]),
             "length": _mean([float(len(ids)) for _, ids in answers]),
+            **step_figures([text for text, _ in answers]),
         }
         samples = [
             {"prompt": p[-1]["content"], "answer": a, "completion": text, "correct": ok}

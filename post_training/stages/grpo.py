@@ -11,6 +11,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from post_training import data
+from post_training.adapters import lora_config
 from post_training.rewards.verify import reward_functions
 from post_training.stages.common import Stage, load_causal_lm, trainer_arguments
 from post_training.stages.exact import ExactResume
@@ -82,10 +83,12 @@ def build_trainer(stage: Stage) -> Trainer:
         loss_type=cfg.grpo.loss_type,
         reward_weights=weights,
     )
+    model = load_causal_lm(cfg, stage.model_path, stage.tokenizer, trained=True)
     return GrpoTrainer(
-        model=load_causal_lm(cfg, stage.model_path, stage.tokenizer),
+        model=model,
         reward_funcs=functions,
         args=args,
         train_dataset=data.load(cfg.data).problems("train"),
         processing_class=stage.tokenizer,
+        peft_config=lora_config(stage, model),
     )

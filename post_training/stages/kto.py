@@ -6,6 +6,7 @@ from transformers import Trainer
 from trl import KTOConfig, KTOTrainer
 
 from post_training import data
+from post_training.adapters import lora_config
 from post_training.stages.common import Stage, load_causal_lm, trainer_arguments, without_dropout
 from post_training.stages.exact import ExactResume
 
@@ -28,10 +29,12 @@ def build_trainer(stage: Stage) -> Trainer:
         undesirable_weight=cfg.kto.undesirable_weight,
         max_length=cfg.training.max_length,
     )
+    model = without_dropout(load_causal_lm(cfg, stage.model_path, stage.tokenizer, trained=True))
     return KtoTrainer(
-        model=without_dropout(load_causal_lm(cfg, stage.model_path, stage.tokenizer)),
+        model=model,
         ref_model=load_causal_lm(cfg, stage.reference_path or stage.model_path, stage.tokenizer),
         args=args,
         train_dataset=data.load(cfg.data).unpaired("train"),
         processing_class=stage.tokenizer,
+        peft_config=lora_config(stage, model),
     )

@@ -6,6 +6,7 @@ from transformers import Trainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from post_training import data
+from post_training.adapters import lora_config
 from post_training.stages.common import Stage, load_causal_lm, trainer_arguments, without_dropout
 from post_training.stages.exact import ExactResume
 
@@ -24,9 +25,11 @@ def build_trainer(stage: Stage) -> Trainer:
         max_length=cfg.training.max_length,
         remove_unused_columns=False,  # its collator picks its columns itself
     )
+    model = without_dropout(load_causal_lm(cfg, stage.model_path, stage.tokenizer, trained=True))
     return OrpoTrainer(
-        model=without_dropout(load_causal_lm(cfg, stage.model_path, stage.tokenizer)),
+        model=model,
         args=args,
         train_dataset=data.load(cfg.data).preferences("train"),
         processing_class=stage.tokenizer,
+        peft_config=lora_config(stage, model),
     )

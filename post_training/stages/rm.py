@@ -6,6 +6,7 @@ from transformers import Trainer
 from trl import RewardConfig, RewardTrainer
 
 from conf.schema import Config
+from post_training.adapters import lora_config
 from post_training.data.prepared import Preparation, Prepared, train_rows
 from post_training.stages.common import Stage, load_reward_model, trainer_arguments, without_dropout
 from post_training.stages.exact import ExactResume
@@ -31,9 +32,11 @@ def build_trainer(stage: Stage) -> Trainer:
         **how.arguments,
     )
     rows = train_rows(cfg, stage.tokenizer, how, args, stage.output_base)
+    model = without_dropout(load_reward_model(cfg, stage.model_path, stage.tokenizer, trained=True))
     return RmTrainer(
-        model=without_dropout(load_reward_model(cfg, stage.model_path, stage.tokenizer)),
+        model=model,
         args=args,
         train_dataset=rows,
         processing_class=stage.tokenizer,
+        peft_config=lora_config(stage, model, "SEQ_CLS"),
     )
