@@ -22,7 +22,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,8 @@ from conf.schema import Config
 from post_training import data
 from post_training.data import mix
 from post_training.data.source import DataError
-from post_training.data.templates import draw, mixed
+from post_training.data.templates import choose, draw, mixed, set_system_prompt
+from post_training.data.tokenizer import load_tokenizer
 from post_training.run import manifest
 
 if TYPE_CHECKING:
@@ -130,6 +131,20 @@ def _hash_of(path: Path) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ the rows
+
+
+def tokenizer_of(cfg: Config, start_model: str | None, lineage: list[dict[str, Any]]) -> PreTrainedTokenizerBase:
+    """The tokenizer that a stage will have whose start model may not be trained yet.
+
+    start_model: where the line of its start models begins (None: from scratch); lineage: what is in the `model`
+    section of each stage on that line, as launchers.plan.lineage gives it.
+    """
+    first, *rest = [*(replace(cfg.model, **model) for model in lineage), cfg.model]
+    tokenizer = load_tokenizer(first, start_model)
+    for model in rest:
+        choose(tokenizer, model.chat_template)
+    set_system_prompt(tokenizer, cfg.data.system_prompt)
+    return tokenizer
 
 
 def preparation_of(cfg: Config) -> Preparation:
