@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=3, help="samples shown (default 3)")
     parser.add_argument("--limit", type=int, default=10000, help="records that figures are made from (default 10000)")
     parser.add_argument("--json", action="store_true", help="everything as one JSON object")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # options may stand between overrides
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from launchers.errors import LaunchError
