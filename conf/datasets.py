@@ -18,7 +18,7 @@ VIEWS = {
 STAGE_VIEWS = {
     "base": "documents", "sft": "demonstrations", "distill": "demonstrations",
     "rm": "preferences", "dpo": "preferences", "orpo": "preferences", "kto": "preferences",
-    "ppo": "problems", "grpo": "problems", "rloo": "problems",
+    "ppo": "problems", "grpo": "problems", "rloo": "problems", "sample": "problems",
 }  # fmt: skip
 """What a technique trains on. Those that are not here take what there is."""
 

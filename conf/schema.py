@@ -81,7 +81,7 @@ class Data:
     )
     subset: str | None = key(None, "configuration on the hub (hh_rlhf: folder); null: the data set's own")
     split: str | None = key(None, "split, as in train or train[:10%]; null: the data set's own, of local files all")
-    eval_path: str | None = key(None, "the same for held-out records; null: held_out records are kept from path")
+    eval_path: str | None = key(None, "held-out records, as in path; null: from eval_split, or kept from the others")
     eval_split: str | None = key(None, "split of held-out records; null: the data set's own, or kept from split")
     held_out: int = key(1024, "records or problems never trained on, used by evaluation")
     datasets: list[Dataset] = key([], "several data sets mixed, as in [{name: alpaca, weight: 0.5}, {name: gsm8k}]")

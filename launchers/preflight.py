@@ -64,11 +64,14 @@ def check_paths(cfg: Config) -> None:
     for key, value in sources.items():
         if value is not None:
             _check_source(key, value, cache)
-    check_template("model.chat_template", cfg.model.chat_template, masked=cfg.stage == "sft")
-    parts = {f"data.datasets[{i}]": (part.name, part.path) for i, part in enumerate(cfg.data.datasets)}
-    for key, (name, path) in (parts or {"data": (cfg.data.name, cfg.data.path)}).items():
+    check_template("model.chat_template", cfg.model.chat_template, masked=cfg.stage in ("sft", "distill"))
+    parts = {f"data.datasets[{i}]": (p.name, p.path, p.subset) for i, p in enumerate(cfg.data.datasets)}
+    for key, (name, path, subset) in (parts or {"data": (cfg.data.name, cfg.data.path, cfg.data.subset)}).items():
         if path is not None and parts:
             _check_source(f"{key}.path", path, cache)
+        if path is not None and subset is not None and Path(path).expanduser().exists():
+            problem, fix = "is a hub's, and the records are local files", f"{key}.path=<the file or folder itself>"
+            raise ConfigError(f"{key}.subset", subset, problem, fix)
         own = KNOWN[name].hub_id
         if own is not None and path is None and cache is not None and not in_cache("dataset", own, cache):
             raise ConfigError(

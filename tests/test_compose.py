@@ -297,8 +297,8 @@ BASE = config("sft")
 @given(st.sampled_from(sorted(keys())), st.data())
 def test_identity_is_of_what_determines_the_weights(name: str, data: st.DataObject) -> None:
     key = keys()[name]
-    if key.section or isinstance(key.default, list | dict) or name == "stage":
-        return
+    if key.section or isinstance(key.default, list | dict) or name in ("stage", "data.transform_file"):
+        return  # of a file its text counts: tests/test_data_sets.py
     cfg = dataclasses.replace(BASE)
     *path, last = name.split(".")
     node: object = cfg

@@ -41,6 +41,10 @@ class Mix(Source):
         self.parts = list(parts)
         self.views = tuple(v for v in VIEWS if any(v in part.source.views for part in parts))
 
+    def check_view(self, view: str) -> None:
+        if view not in self.views:
+            self.parts[0].source.check_view(view)
+
     def samples(self, view: str, split: Split) -> Samples:
         if split == "held_out":
             return self._held_out(view)

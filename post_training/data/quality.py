@@ -53,7 +53,9 @@ class Seen:
         if quality.dedup == "near":
             from datasketch import MinHashLSH
 
-            self.near = MinHashLSH(threshold=quality.near_threshold, num_perm=PERMUTATIONS)
+            # bands that miss little: what they find is compared before it counts
+            weights = (0.1, 0.9)  # of false positives and false negatives
+            self.near = MinHashLSH(threshold=quality.near_threshold, num_perm=PERMUTATIONS, weights=weights)
             self.sketches: dict[int, Any] = {}
             self.labels: list[str] = []
 

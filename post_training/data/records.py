@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import bisect
+import csv
 import gzip
+import hashlib
 import json
 import re
 from collections import Counter
@@ -74,8 +76,8 @@ class Place:
 
         try:
             if self.files is not None:
-                options = {"sample_by": "paragraph"} if self.kind == "text" else {}
-                records = load_dataset(self.kind, data_files=[str(f) for f in self.files], split=self.split, **options)
+                files = [str(f) for f in self.files]
+                records = load_dataset(self.kind, data_files=files, split=self.split, **self._options())
             elif self.subset_is_folder and self.subset is not None:
                 records = load_dataset(offline_folder(self.path), data_dir=self.subset, split=self.split)
             else:
@@ -89,6 +91,16 @@ class Place:
         if len(records) == 0:
             raise DataError(f"{self}: has no records (split {self.split})\n  fix: give one that has")
         return records
+
+    def _options(self) -> dict[str, Any]:
+        """Of the `datasets` builder. All of a CSV file is text: else the answer "None" would be missing."""
+        if self.kind == "text":
+            return {"sample_by": "paragraph"}
+        if self.kind == "csv" and self.files:
+            with _open(self.files[0]) as lines:
+                names = next(csv.reader(lines), [])
+            return {"na_filter": False, "converters": dict.fromkeys(names, str)}
+        return {}
 
     def _unreadable(self, error: Exception) -> DataError:
         for file in self.files or []:
@@ -243,6 +255,8 @@ class Records(Source):
             remove_columns=chosen.records.column_names,
             features=_with_notes(columns),
             load_from_cache_file=False,
+            # ours, since hashing the function would pickle all that it knows
+            new_fingerprint=_fingerprint(chosen.records._fingerprint, view, self.transform),
             desc=f"{self.cfg.name} as {view}",
         )
         dropped = made["_dropped"][:]
@@ -260,6 +274,12 @@ class Records(Source):
 def _part(chosen: Chosen, start: int, end: int) -> Chosen:
     end = min(end, len(chosen.records))
     return Chosen(chosen.place, chosen.records.select(range(start, end)), chosen.origins[start:end])
+
+
+def _fingerprint(records: str, view: str, transform: Transform) -> str:
+    content = Path(transform.file).read_bytes() if transform.file else b""
+    parts = (records.encode(), view.encode(), transform.name.encode(), content)
+    return hashlib.sha256(b" ".join(parts)).hexdigest()[:16]
 
 
 def _with_notes(columns: Any) -> Any:
