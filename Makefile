@@ -9,8 +9,9 @@ BIN    := $(VENV)/bin
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m launchers.pipeline pipeline=quickstart cluster=local
 
-test: $(VENV)/.installed-dev slurm lint types
+test: $(VENV)/.installed-dev $(VENV)/qlora slurm lint types
 	$(BIN)/python -m pytest -n 3 --dist loadfile
+	PYTHONPATH=$(VENV)/qlora $(BIN)/python -m pytest tests/test_sft.py -k qlora
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -33,6 +34,11 @@ $(VENV)/.installed: requirements.lock pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.lock
+	@touch $@
+
+# bitsandbytes, an extra, in a folder of its own: where it is installed, every start imports it, which takes seconds
+$(VENV)/qlora: requirements-qlora.lock | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ -r requirements-qlora.lock
 	@touch $@
 
 # wandb, an extra, and what it alone brings

@@ -375,6 +375,9 @@ def _check_lora(cfg: Config) -> None:
     if cfg.stage not in LORA_STAGES:
         fix = f"give it to the stages that take it, as in sft.lora.r={lora.r}"
         raise ConfigError("lora.r", lora.r, f"{cfg.stage} trains all weights", fix)
+    if cfg.parallel.strategy.startswith("fsdp"):
+        problem = f"adapters are not written whole under parallel.strategy={cfg.parallel.strategy}"
+        raise ConfigError("lora.r", lora.r, problem, "parallel=zero2 or zero3, or lora.r=null")
     if lora.quantize is not None and cfg.parallel.strategy == "zero3":
         problem = "ZeRO-3 cannot share weights held in 4 bits"
         raise ConfigError("lora.quantize", lora.quantize, problem, "parallel=zero2, or lora.quantize=null")

@@ -147,4 +147,6 @@ def sources(selection: Selection, name: str) -> dict[str, str | None]:
             result[role] = f"stage:{upstream}" if upstream is not None else None
     if not (cfg.stage == "ppo" and cfg.ppo.reward_model_weight):
         result["reward_model"] = None
+    if result["data"] is None:  # most stages read a data set
+        del result["data"]
     return result

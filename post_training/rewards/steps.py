@@ -8,7 +8,7 @@ from fractions import Fraction
 
 _THOUGHT = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 _NUMBER = r"\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
-_EQUATION = re.compile(rf"(?<![\d.,])({_NUMBER}(?:\s*[-+*/x×÷]\s*{_NUMBER})+)\s*=\s*(-?{_NUMBER})")
+_EQUATION = re.compile(rf"(?<![\w.,])({_NUMBER}(?:\s*[-+*/x×÷]\s*{_NUMBER})+)\s*=\s*(-?{_NUMBER})")
 _TERM = re.compile(rf"({_NUMBER})\s*([-+*/x×÷]?)")
 
 

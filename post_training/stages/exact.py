@@ -30,6 +30,12 @@ class ExactResume(Trainer):
 
     _loss_sums: dict[str, Any] | None = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        if head is not None and not hasattr(head, "bias"):
+            head.bias = None  # TRL's fused head reads it; peft's wrapper of a head with trained tokens lacks it
+
     def rank_state(self) -> dict[str, Any]:
         """This rank's state beyond the Trainer's: numbers, tensors, lists and dictionaries of them."""
         return {name: _plain(getattr(self, name)) for name in (*LOSS_SUMS, *METRICS) if hasattr(self, name)}
@@ -54,6 +60,14 @@ class ExactResume(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         state = {"world_size": self.args.world_size, **self.rank_state()}
         torch.save(state, state_file(folder, self.args.process_index))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """With each weight in its own type again: peft reads adapters, which QLoRA trains in bfloat16, as float32."""
+        loaded = model if model is not None else self.model
+        types = {name: parameter.dtype for name, parameter in loaded.named_parameters()}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for name, parameter in loaded.named_parameters():
+            parameter.data = parameter.data.to(types[name])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Called on resume, after `self.state` has been read."""

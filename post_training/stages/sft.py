@@ -50,6 +50,10 @@ class SftTrainer(ExactResume, Prepared, SFTTrainer):
                 from trl.models import prepare_deepspeed
 
                 self.start_model = prepare_deepspeed(start_model, self.accelerator)
+            elif self.is_fsdp_enabled:
+                from trl.models import prepare_fsdp
+
+                self.start_model = prepare_fsdp(start_model, self.accelerator)
             else:
                 self.start_model = self.accelerator.prepare_model(start_model, evaluation_mode=True)
             self.start_model.eval()
