@@ -185,11 +185,11 @@ def check_run(cfg: Config) -> None:
         raise ConfigError("merge.adapter", None, "there is nothing to merge", "merge.adapter=<folder of an adapter>")
     if cfg.stage == "sample":
         _check_sample(cfg)
-    if cfg.stage == "sft":
-        for name in cfg.sft.random_templates:
+    if cfg.stage in ("sft", "distill"):
+        for name in getattr(cfg, cfg.stage).random_templates:
             if name not in TEMPLATES:
                 problem = f"must be some of {', '.join(TEMPLATES)}"
-                raise ConfigError("sft.random_templates", name, problem, nearest(name, TEMPLATES))
+                raise ConfigError(f"{cfg.stage}.random_templates", name, problem, nearest(name, TEMPLATES))
     if cfg.stage in REWARDED:
         _check_reward(cfg)
     if cfg.stage == "dpo":

@@ -408,8 +408,11 @@ def prepare_targets(selection: Selection, name: str) -> dict[str, Any]:
     able = [
         other
         for other, node in selection.stages.items()
-        if node.stage in PREPARABLE and selection.config(other).data.transform_file in (None, functions)
-    ]  # with transforms of a file that is not in the job's code, a stage prepares for itself
+        if node.stage in PREPARABLE
+        and node.data is None
+        and selection.config(other).data.transform_file in (None, functions)
+        and not _trains_tokenizer(selection, other)
+    ]  # what does not exist yet, or is not in the job's code, a stage prepares for itself
     for other in asked:
         if other not in able:
             raise ConfigError("prepare.stages", other, "no stage whose data can be prepared", nearest(other, able))
@@ -417,24 +420,29 @@ def prepare_targets(selection: Selection, name: str) -> dict[str, Any]:
     for other in asked or able:
         frozen = freeze(selection.config(other), other, selection.run_name, {})
         section = {k: v for k, v in frozen[frozen["stage"]].items() if k in SHAPES_ROWS}
-        path, lineage = _lineage(selection, other)
+        path, before = lineage(selection, other)
         targets[other] = {
             "stage": frozen["stage"], "seed": frozen["seed"] if section.get("random_templates") else 0,
             "model": {"tokenizer": frozen["model"]["tokenizer"], "chat_template": frozen["model"]["chat_template"]},
             "data": frozen["data"], "training": {"max_length": frozen["training"]["max_length"]},
-            frozen["stage"]: section, "start_model": path, "lineage": lineage,
+            frozen["stage"]: section, "start_model": path, "lineage": before,
         }  # fmt: skip
     return targets
 
 
-def _lineage(selection: Selection, name: str) -> tuple[str | None, list[dict[str, Any]]]:
+def lineage(selection: Selection, name: str) -> tuple[str | None, list[dict[str, Any]]]:
     """Path of the model that a stage's line begins with (None: from scratch), and the stages before it on that line."""
     kind, _, value = (sources(selection, name)["model"] or "").partition(":")
     if kind == "stage":
-        path, before = _lineage(selection, value)
+        path, before = lineage(selection, value)
         frozen = freeze(selection.config(value), value, selection.run_name, {})
         return path, [*before, {k: frozen["model"][k] for k in ("tokenizer", "chat_template")}]
     return (absolute(value) if kind == "path" else None), []
+
+
+def _trains_tokenizer(selection: Selection, name: str) -> bool:
+    path, before = lineage(selection, name)
+    return path is None and [*(m["tokenizer"] for m in before), selection.config(name).model.tokenizer][0] == "train"
 
 
 def _completed(selection: Selection, name: str) -> Config:

@@ -21,6 +21,7 @@ from conf.datasets import KNOWN, TRANSFORMS
 from conf.schema import Config
 from launchers import graph, slurm
 from launchers.errors import LaunchError
+from launchers.hub import cache_of, in_cache
 from post_training.run import ledger, life, manifest
 from post_training.run.directory import RunDirectory
 
@@ -51,6 +52,7 @@ def check_paths(cfg: Config) -> None:
         raise ConfigError("paths.output_base", base, f"{parent} is not a folder", "choose another folder")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ConfigError("paths.output_base", base, f"{parent} cannot be written", "choose a folder of yours")
+    cache = cache_of({**os.environ, **cfg.slurm.env}) if cfg.offline else None
     sources = {
         "data.path": cfg.data.path,
         "data.eval_path": cfg.data.eval_path,
@@ -63,19 +65,20 @@ def check_paths(cfg: Config) -> None:
         sources["model.tokenizer"] = cfg.model.tokenizer
     for key, value in sources.items():
         if value is not None:
-            _check_source(key, value, cfg.offline)
-    check_template("model.chat_template", cfg.model.chat_template, masked=cfg.stage == "sft")
+            _check_source(key, value, cache)
+    check_template("model.chat_template", cfg.model.chat_template, masked=cfg.stage in ("sft", "distill"))
     parts = {f"data.datasets[{i}]": (p.name, p.path, p.subset) for i, p in enumerate(cfg.data.datasets)}
     for key, (name, path, subset) in (parts or {"data": (cfg.data.name, cfg.data.path, cfg.data.subset)}).items():
         if path is not None and parts:
-            _check_source(f"{key}.path", path, cfg.offline)
+            _check_source(f"{key}.path", path, cache)
         if path is not None and subset is not None and Path(path).expanduser().exists():
             problem, fix = "is a hub's, and the records are local files", f"{key}.path=<the file or folder itself>"
             raise ConfigError(f"{key}.subset", subset, problem, fix)
-        if KNOWN[name].hub_id is not None and path is None and cfg.offline:
+        own = KNOWN[name].hub_id
+        if own is not None and path is None and cache is not None and not in_cache("dataset", own, cache):
             raise ConfigError(
-                f"{key}.path", None, f"{name} would come from its hub, and offline=true asks none",
-                f"{key}.path=<a local file or folder>, or offline=false",
+                f"{key}.path", None, f"{name} would come from its hub, is not in {cache}, and offline=true asks none",
+                f"python -m launchers.prefetch first, {key}.path=<a local file or folder>, or offline=false",
             )  # fmt: skip
     if cfg.data.transform_file is not None:
         _check_transforms(cfg)
@@ -153,7 +156,8 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 FILE_SUFFIXES = (".json", ".jsonl", ".gz", ".csv", ".parquet", ".txt", ".jinja", ".safetensors")
 
 
-def _check_source(key: str, value: str, offline: bool) -> None:
+def _check_source(key: str, value: str, cache: Path | None) -> None:
+    """cache: of the hub, where it is not to be asked."""
     path = Path(value).expanduser()
     if path.exists():
         if key.startswith(("inputs.", "model.")):
@@ -163,10 +167,11 @@ def _check_source(key: str, value: str, offline: bool) -> None:
         raise ConfigError(
             key, value, "no such file or folder", f"{key}=<a path that exists>, or a hub id such as Qwen/Qwen3-0.6B"
         )
-    if offline:
+    if cache is not None and not in_cache("dataset" if key.startswith("data.") else "model", value, cache):
         raise ConfigError(
-            key, value, "is no local path, and offline=true asks no hub", f"{key}=<a local path>, or offline=false"
-        )
+            key, value, f"is no local path and not in {cache}, and offline=true asks no hub",
+            f"python -m launchers.prefetch first, {key}=<a local path>, or offline=false",
+        )  # fmt: skip
 
 
 def _check_model_folder(key: str, value: str, path: Path) -> None:

@@ -21,8 +21,8 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -30,8 +30,10 @@ from unittest import mock
 
 from conf.schema import Config
 from post_training import data
+from post_training.data import mix
 from post_training.data.source import DataError
-from post_training.data.templates import draw, mixed
+from post_training.data.templates import choose, draw, mixed, set_system_prompt
+from post_training.data.tokenizer import load_tokenizer
 from post_training.run import manifest
 
 if TYPE_CHECKING:
@@ -56,6 +58,9 @@ class Preparation:
     trainer: Any  # the TRL trainer that trains on the rows
     config: Any  # its config class
     arguments: dict[str, Any]  # of the config: what the rows depend on
+    formats: tuple[str, ...] = ()  # chat templates drawn per sample, beside the tokenizer's own
+    records: Callable[[], Dataset] | None = None  # in the place of the data's own
+    origin: Any = None  # what those depend on, beside the data's config; paths count by content
 
 
 class Prepared:
@@ -72,14 +77,14 @@ class Prepared:
 
 def recipe(cfg: Config, tokenizer: PreTrainedTokenizerBase, how: Preparation) -> dict[str, Any]:
     """All that determines the rows of a stage, as plain data."""
-    formats = cfg.sft.random_templates if cfg.stage == "sft" else []
     return {
         "version": VERSION,
         "trainer": how.trainer.__name__,
         "form": how.form,
         "arguments": how.arguments,
         "data": _by_content(asdict(cfg.data)),
-        "random_templates": [cfg.seed, *formats] if formats else [],
+        "origin": _by_content(how.origin),
+        "formats": [cfg.seed, *how.formats] if how.formats else [],
         "tokenizer": fingerprint(tokenizer),
         "code": _by_content(str(Path(__file__).parent)),
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
@@ -126,6 +131,20 @@ def _hash_of(path: Path) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ the rows
+
+
+def tokenizer_of(cfg: Config, start_model: str | None, lineage: list[dict[str, Any]]) -> PreTrainedTokenizerBase:
+    """The tokenizer that a stage will have whose start model may not be trained yet.
+
+    start_model: where the line of its start models begins (None: from scratch); lineage: what is in the `model`
+    section of each stage on that line, as launchers.plan.lineage gives it.
+    """
+    first, *rest = [*(replace(cfg.model, **model) for model in lineage), cfg.model]
+    tokenizer = load_tokenizer(first, start_model)
+    for model in rest:
+        choose(tokenizer, model.chat_template)
+    set_system_prompt(tokenizer, cfg.data.system_prompt)
+    return tokenizer
 
 
 def preparation_of(cfg: Config) -> Preparation:
@@ -187,6 +206,7 @@ def kept(
     """
     rows, why = load(folder, hashes=True)
     if rows is not None:
+        mix.REPORTS += (manifest.read(folder) or {}).get("reports", [])
         print(f"prepared data: {len(rows)} rows from {folder}", file=sys.stderr)
         return rows
     if folder.exists():
@@ -196,12 +216,14 @@ def kept(
             folder.rename(broken)
             shutil.rmtree(broken, ignore_errors=True)
     began = time.monotonic()
+    known = len(mix.REPORTS)
     rows = make(cfg, tokenizer, how, args, num_proc)
     partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         rows.save_to_disk(str(partial))
-        manifest.write(partial, stage=cfg.stage, rows=len(rows), recipe=recipe(cfg, tokenizer, how))
+        about = {"rows": len(rows), "reports": mix.REPORTS[known:], "recipe": recipe(cfg, tokenizer, how)}
+        manifest.write(partial, stage=cfg.stage, **about)
         with contextlib.suppress(OSError):  # another job was faster, and its rows are the same
             partial.rename(folder)
     except OSError as error:
@@ -225,14 +247,13 @@ def make(
     cfg: Config, tokenizer: PreTrainedTokenizerBase, how: Preparation, args: Any = None, num_proc: int | None = None
 ) -> Dataset:
     """Records in, rows out, by TRL's own preparation. Raises DataError where nothing is left, or trains nothing."""
-    records = getattr(data.load(cfg.data), how.form)("train")
+    records = how.records() if how.records is not None else getattr(data.load(cfg.data), how.form)("train")
     if len(records) == 0:
         raise DataError(f"data.name={cfg.data.name}: no records are left\n  fix: other filters, or another data.path")
     template = None
-    formats = cfg.sft.random_templates if cfg.stage == "sft" else []
-    if formats:
-        records = records.map(draw(formats, cfg.seed), with_indices=True, load_from_cache_file=False)
-        template = mixed(tokenizer, formats)
+    if how.formats:
+        records = records.map(draw(list(how.formats), cfg.seed), with_indices=True, load_from_cache_file=False)
+        template = mixed(tokenizer, list(how.formats))
     if args is None:
         args = how.config(output_dir=os.devnull, use_cpu=True, bf16=False, report_to=[], **how.arguments)
     args = copy.copy(args)
@@ -248,7 +269,14 @@ def make(
             f"training.max_length={cfg.training.max_length}: all {len(records)} records are longer, or have nothing to "
             "train within it\n  fix: a longer training.max_length; python -m post_training.inspect_data shows lengths"
         )
-    return rows.select_columns([name for name in COLUMNS if name in rows.column_names])
+    rows = rows.select_columns([name for name in COLUMNS if name in rows.column_names])
+    rows.info.description = str(len(records))  # goes to disk with them
+    return rows
+
+
+def records_of(rows: Dataset) -> int:
+    """How many records prepared rows were made of."""
+    return int(rows.info.description)
 
 
 def _by_trl(

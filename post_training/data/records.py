@@ -79,9 +79,9 @@ class Place:
                 files = [str(f) for f in self.files]
                 records = load_dataset(self.kind, data_files=files, split=self.split, **self._options())
             elif self.subset_is_folder and self.subset is not None:
-                records = load_dataset(self.path, data_dir=self.subset, split=self.split)
+                records = load_dataset(offline_folder(self.path), data_dir=self.subset, split=self.split)
             else:
-                records = load_dataset(self.path, self.subset, split=self.split)
+                records = load_dataset(offline_folder(self.path), self.subset, split=self.split)
         except DataError:
             raise
         except Exception as error:
@@ -332,3 +332,15 @@ def _refused(transform: Transform, error: Exception, where: str, name: str) -> D
         f"data.transform={transform.name}: {where}: {transforms.said(error, transform.file)}\n"
         f"  fix: mend {transform.file or 'the record'}, or `raise Drop(\"why\")` for records that it cannot take"
     )
+
+
+def offline_folder(hub_id: str) -> str:
+    """Where no hub may be asked: the folder of this data set that launchers.prefetch downloaded. Else the id itself."""
+    from huggingface_hub import constants, errors, snapshot_download
+
+    if not constants.HF_HUB_OFFLINE:
+        return hub_id
+    try:
+        return snapshot_download(hub_id, repo_type="dataset", local_files_only=True)
+    except errors.LocalEntryNotFoundError:  # `datasets` may have it in a cache of its own
+        return hub_id

@@ -6,8 +6,7 @@ from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
 from conf.schema import Config
-from post_training import data
-from post_training.data.prepared import Preparation, Prepared, train_rows
+from post_training.data.prepared import Preparation, Prepared, records_of, train_rows
 from post_training.stages.common import Stage, build_model, load_causal_lm, steps_for_samples, trainer_arguments
 from post_training.stages.exact import ExactResume
 
@@ -17,7 +16,7 @@ class BaseTrainer(ExactResume, Prepared, SFTTrainer):
 
 
 def preparation(cfg: Config) -> Preparation:
-    """One document a row, with the end token behind it; or wrapped over rows that are full."""
+    """Documents, the end token behind each: one a row, or wrapped."""
     arguments = {
         "dataset_text_field": "text",
         "max_length": cfg.training.max_length,
@@ -43,5 +42,5 @@ def build_trainer(stage: Stage) -> Trainer:
     )
     trainer = BaseTrainer(model=model, args=args, train_dataset=rows, processing_class=stage.tokenizer)
     if cfg.base.packing == "wrapped" and cfg.training.num_training_samples is not None:
-        args.max_steps = steps_for_samples(cfg, len(data.load(cfg.data).documents("train")) / len(rows))
+        args.max_steps = steps_for_samples(cfg, records_of(rows) / len(rows))
     return trainer

@@ -62,16 +62,16 @@ def open_stage(run: RunDirectory) -> Stage:
     frozen = run.read_config()
     cfg = load_config(frozen)
     paths = {name: (source or {}).get("path") for name, source in frozen["inputs"].items()}
-    system = cfg.data.system_prompt
     train_own = paths["model"] is None and cfg.model.tokenizer == "train"
-    tokenizer = _own_tokenizer(cfg, run) if train_own else load_tokenizer(cfg.model, paths["model"], system)
+    if train_own:
+        tokenizer = _own_tokenizer(cfg, run)
+    else:
+        tokenizer = load_tokenizer(cfg.model, paths["model"], cfg.data.system_prompt)
     return Stage(cfg, run, tokenizer, paths["model"], paths["reference"], paths["reward_model"], paths.get("data"))
 
 
 def _own_tokenizer(cfg: Config, run: RunDirectory) -> PreTrainedTokenizerBase:
     """The tokenizer trained on the stage's documents: by the first to come, and kept for all ranks and attempts."""
-    from transformers import AutoTokenizer
-
     folder = run.checkpoints / "tokenizer"  # where restart=true sets it aside
     if not folder.is_dir():
         assert cfg.model.vocab_size is not None
@@ -82,7 +82,7 @@ def _own_tokenizer(cfg: Config, run: RunDirectory) -> PreTrainedTokenizerBase:
             partial.rename(folder)
         except OSError:  # another rank was first, with the same one
             shutil.rmtree(partial)
-    return AutoTokenizer.from_pretrained(folder)
+    return load_tokenizer(cfg.model, str(folder), cfg.data.system_prompt)
 
 
 def finish(run: RunDirectory, partial: Path, **about: Any) -> None:

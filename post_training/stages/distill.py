@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def build_trainer(stage: Stage) -> Trainer:
     """As sft with the section `distill`, on what `traces` keeps. Raises DataError where that is nothing."""
-    return build(stage, stage.cfg.distill, traces(stage, demonstrations(stage)))
+    return build(stage, stage.cfg.distill, lambda: traces(stage, demonstrations(stage)))
 
 
 def traces(stage: Stage, rows: Dataset) -> Dataset:

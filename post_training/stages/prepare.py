@@ -9,11 +9,9 @@ import signal
 import threading
 from typing import Any
 
-from conf.schema import Model
 from post_training.attempt import Watchdog
-from post_training.data.prepared import folder_of, kept, preparation_of
-from post_training.data.templates import choose, require_masks, set_system_prompt
-from post_training.data.tokenizer import load_tokenizer
+from post_training.data.prepared import folder_of, kept, preparation_of, tokenizer_of
+from post_training.data.templates import require_masks
 from post_training.run import ledger, life
 from post_training.run.directory import RunDirectory, write_atomic
 from post_training.run.progress import Progress
@@ -71,13 +69,9 @@ def prepare(run: RunDirectory, attempt: int, progress: Progress, watchdog: Watch
 
 
 def _one(run: RunDirectory, target: dict[str, Any]) -> dict[str, Any]:
-    """Prepare for one stage. Its start model may not be trained yet: the tokenizer is made as its line makes it."""
+    """Prepare for one stage."""
     cfg = load_config({name: value for name, value in target.items() if name not in ("start_model", "lineage")})
-    first, *rest = [*(Model(**model) for model in target["lineage"]), cfg.model]
-    tokenizer = load_tokenizer(first, target["start_model"])
-    for model in rest:
-        choose(tokenizer, model.chat_template)
-    set_system_prompt(tokenizer, cfg.data.system_prompt)
+    tokenizer = tokenizer_of(cfg, target["start_model"], target["lineage"])
     if cfg.stage == "sft":
         require_masks(tokenizer)
     how = preparation_of(cfg)

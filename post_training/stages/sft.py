@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +16,6 @@ from conf.schema import Config, Sft
 from post_training import data
 from post_training.adapters import lora_config
 from post_training.data.prepared import Preparation, Prepared, train_rows
-from post_training.data.source import DataError
 from post_training.data.templates import require_masks
 from post_training.stages.common import Stage, load_causal_lm, samples_per_row, steps_for_samples, trainer_arguments
 from post_training.stages.exact import ExactResume
@@ -112,12 +113,13 @@ class SftTrainer(ExactResume, Prepared, SFTTrainer):
 
 def preparation(cfg: Config) -> Preparation:
     """Conversations, of which what the assistant says is trained."""
-    arguments = {
-        "assistant_only_loss": True,
-        "packing": cfg.sft.packing,
-        "max_length": cfg.training.max_length,
-    }
-    return Preparation("demonstrations", SFTTrainer, SFTConfig, arguments)
+    return preparation_as(cfg, cfg.sft)
+
+
+def preparation_as(cfg: Config, how: Sft) -> Preparation:
+    """The same for sft's relatives."""
+    arguments = {"assistant_only_loss": True, "packing": how.packing, "max_length": cfg.training.max_length}
+    return Preparation("demonstrations", SFTTrainer, SFTConfig, arguments, tuple(how.random_templates))
 
 
 def build_trainer(stage: Stage) -> Trainer:
@@ -125,7 +127,7 @@ def build_trainer(stage: Stage) -> Trainer:
 
     Raises DataError for a template that cannot mask: it would train on the user's words as well.
     """
-    return build(stage, stage.cfg.sft, read_samples(stage.data_path) if stage.data_path is not None else None)
+    return build(stage, stage.cfg.sft, lambda: demonstrations(stage))
 
 
 def demonstrations(stage: Stage) -> Dataset:
@@ -135,36 +137,32 @@ def demonstrations(stage: Stage) -> Dataset:
     return data.load(stage.cfg.data).demonstrations("train")
 
 
-def build(stage: Stage, how: Sft, records: Dataset | None = None) -> Trainer:
+def build(stage: Stage, how: Sft, records: Callable[[], Dataset]) -> Trainer:
     """The trainer of sft and of its relatives. Raises DataError as `build_trainer` says.
 
-    records: {"messages"}; None: the data set's, prepared once for all attempts.
+    records: gives {"messages"}; asked only where the rows are not prepared yet.
     """
     cfg = stage.cfg
     assert stage.model_path is not None
+    source = replace(preparation_as(cfg, how), records=records)
+    if cfg.stage != "sft" or stage.data_path is not None:  # rows that no data set gives as they are
+        source = replace(source, origin=[cfg.stage, stage.data_path, str(Path(__file__).parent.parent)])
     require_masks(stage.tokenizer)
-    if records is not None and how.random_templates:
-        raise DataError(
-            f"{cfg.stage}.random_templates: formats are drawn for a data set's own records alone\n"
-            f"  fix: {cfg.stage}.random_templates=[]"
-        )
-    prepared = preparation(cfg)
     args = SFTConfig(
         **trainer_arguments(stage, how.lr),
-        **prepared.arguments | {"packing": how.packing},
+        **source.arguments,
         loss_type=how.loss_type,
         neftune_noise_alpha=how.neftune_noise_alpha,
     )
-    if records is None:
-        records = train_rows(cfg, stage.tokenizer, prepared, args, stage.output_base)
-        args.assistant_only_loss = False  # the rows' labels say what is trained; TRL would look for messages
+    rows = train_rows(cfg, stage.tokenizer, source, args, stage.output_base)
+    args.assistant_only_loss = False  # the rows' labels say what is trained; TRL would look for messages
     model = load_causal_lm(cfg, stage.model_path, stage.tokenizer, trained=True)
     adapters = lora_config(stage, model)
     copied = how.kl_coef and adapters is None  # with adapters, the start model is this one without them
     trainer = SftTrainer(
         model=model,
         args=args,
-        train_dataset=records,
+        train_dataset=rows,
         processing_class=stage.tokenizer,
         peft_config=adapters,
         kl_coef=how.kl_coef,
