@@ -98,6 +98,37 @@ def test_every_model_file_but_the_tiny_one_has_its_numbers() -> None:
     assert pretrained == set(PUBLISHED)
 
 
+@pytest.mark.parametrize("vocab", [None, 100, 320])
+def test_from_scratch_the_model_has_the_shape_of_its_keys(vocab: int | None) -> None:
+    """Grouped queries, a head width of its own, and an embedding padded beyond the tokenizer's 265 tokens."""
+    from post_training.data.tokenizer import bytes_tokenizer
+    from post_training.stages.common import build_model
+
+    keys = ("model.num_heads=8", "model.num_kv_heads=2", "model.head_dim=24", f"model.vocab_size={vocab or 'null'}")
+    cfg = config("stage=base", "model.dtype=float32", *keys)
+    built = build_model(cfg, bytes_tokenizer())
+    assert built.get_input_embeddings().num_embeddings == max(265, vocab or 0)
+    assert built.model.layers[0].self_attn.k_proj.out_features == 2 * 24
+    shape = memory.shape_of(cfg.model)
+    assert shape is not None
+    if vocab != 100:  # fewer than the tokenizer has are not believed
+        assert shape.parameters == sum(p.numel() for p in built.parameters())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "fix"),
+    [
+        (("model.num_heads=8", "model.num_kv_heads=3"), "model.num_kv_heads", "model.num_kv_heads=2"),
+        (("model.architecture=qwen3",), "model.architecture", "model.architecture=llama"),
+        (("model.architecture=qwen4",), "model.architecture", "qwen3"),
+    ],
+)
+def test_shapes_that_cannot_be_are_refused(overrides: tuple[str, ...], key: str, fix: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        select(["cluster=local", "stage=base", "pipeline=full", *overrides], only_one=True)
+    assert caught.value.key == key and fix in caught.value.fix
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", SMALL)
 def test_weights_gradients_and_optimizer_state_are_exact(family: str, dtype: torch.dtype) -> None:
