@@ -307,8 +307,8 @@ BASE = config("sft")
 @given(st.sampled_from(sorted(keys())), st.data())
 def test_identity_is_of_what_determines_the_weights(name: str, data: st.DataObject) -> None:
     key = keys()[name]
-    if key.section or isinstance(key.default, list | dict) or name in ("stage", "data.transform_file"):
-        return  # of a file its text counts: tests/test_data_sets.py
+    if key.section or isinstance(key.default, list | dict) or name in ("stage", "data.transform_file", "lora.r"):
+        return  # of a file its text counts: tests/test_data_sets.py; with lora.r the whole section does: see below
     cfg = dataclasses.replace(BASE)
     *path, last = name.split(".")
     node: object = cfg
@@ -330,6 +330,15 @@ def test_identity_is_of_what_determines_the_weights(name: str, data: st.DataObje
     ) and name != "training.dataloader_num_workers"
     assert (before["identity"] != after["identity"]) == (determines and old != value)
     assert set(changes(before, after)) == ({name} if determines and old != value else set())
+
+
+def test_adapters_are_part_of_the_identity_where_there_are_any() -> None:
+    plain, unused, small, large = (
+        freeze(dataclasses.replace(BASE, lora=dataclasses.replace(BASE.lora, r=r, alpha=alpha)), "sft", "p", {})
+        for r, alpha in ((None, 16), (None, 32), (8, 16), (8, 32))
+    )
+    assert plain["identity"] == unused["identity"]
+    assert len({plain["identity"], small["identity"], large["identity"]}) == 3
 
 
 def test_identity_outlives_yaml_and_takes_inputs_by_identity() -> None:

@@ -365,7 +365,7 @@ def test_an_adapter_is_no_start_model(folder: Path, start: Path, capsys: pytest.
     from launchers.preflight import _check_source
 
     with pytest.raises(ConfigError, match="is an adapter, not a model"):
-        _check_source("inputs.model", str(adapter), offline=False)
+        _check_source("inputs.model", str(adapter), None)
     none = make_run(folder, "merge", f"merge.adapter={start}", name="no-adapter", model=start)
     assert "holds no adapter" in refused(capsys, none)
 
