@@ -183,8 +183,8 @@ while :; do
 done
 kill "${aside[@]}" 2>/dev/null
 
-# srun ends with 0 where its node was given up
-if [ ! -e "$RUN_DIR/model/manifest.json" ] && [ -z "${word[*]}" ]; then hear; fi
+# srun ends with 0 where its node was given up; why it was asked to stop, where it was, is known already
+if [ ! -e "$RUN_DIR/model/manifest.json" ] && [ -z "$signal" ]; then hear; fi
 action=$(life end "$RUN_DIR" --attempt "$attempt" --code "$code" --signal "$signal" "${word[@]}") || exit 1
 case $action in
   "exit "*) kill -USR1 "$guard" 2>/dev/null && wait "$guard" 2>/dev/null ;;
