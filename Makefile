@@ -11,7 +11,7 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev $(VENV)/qlora slurm lint types
 	$(BIN)/python -m pytest -n 3 --dist loadfile
-	PYTHONPATH=$(VENV)/qlora $(BIN)/python -m pytest tests/test_sft.py -k qlora
+	PYTHONPATH=$(VENV)/qlora $(BIN)/python -m pytest -m qlora tests/test_sft.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

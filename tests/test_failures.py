@@ -377,7 +377,7 @@ def test_the_controller_is_away_when_a_stop_wants_its_requeue(runs: Any) -> None
     run.cluster.stop_controller()
     try:
         os.kill(shell, signal.SIGUSR1)
-        run.ends(timeout=240)  # srun itself waits for the controller for a minute
+        run.ends()
     finally:
         run.cluster.start_controller()
     run.finish()

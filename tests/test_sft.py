@@ -313,21 +313,20 @@ def test_a_template_s_new_tokens_are_trained_too(folder: Path, tied: bool) -> No
     assert weights(again) == weights(run), "every attempt draws the same new rows"
 
 
-@pytest.mark.parametrize("kl_coef", [0.1])
-def test_qlora_trains_resumes_and_merges(folder: Path, start: Path, kl_coef: float) -> None:
+@pytest.mark.qlora
+def test_qlora_trains_resumes_and_merges(folder: Path, start: Path) -> None:
     """bitsandbytes' kernels for the CPU hold the start model in four bits; the output is the 16 or 32-bit one."""
-    pytest.importorskip("bitsandbytes", reason="run with PYTHONPATH=.venv/qlora, as `make test` does")
-    options = (*LORA, "lora.quantize=nf4", "training.max_steps=4", f"sft.kl_coef={kl_coef}")
-    calm = trained(folder, f"qlora-{kl_coef}", *options, model=start)
+    plain = (*LORA, "training.max_steps=4", "sft.kl_coef=0.1")
+    options = (*plain, "lora.quantize=nf4")
+    calm = trained(folder, "qlora", *options, model=start)
     expected, ours = merged_by_hand(start, calm.model / "adapter"), load_file(calm.model / "model.safetensors")
     before = load_file(start / "model.safetensors")
     assert {k for k in before if not torch.equal(before[k], ours[k])} == {k for k in before if "_proj." in k}
     for name in before:
         torch.testing.assert_close(ours[name], expected[name], rtol=1e-2, atol=1e-3)  # adapters are bfloat16
-    full = trained(folder, f"lora-beside-{kl_coef}", *LORA, "training.max_steps=4", f"sft.kl_coef={kl_coef}",
-                   model=start)  # fmt: skip
+    full = trained(folder, "lora-beside", *plain, model=start)
     assert losses(calm) == pytest.approx(losses(full), abs=0.1) and losses(calm) != losses(full)
-    stopped = make_run(folder, "sft", *options, name=f"qlora-stopped-{kl_coef}", model=start)
+    stopped = make_run(folder, "sft", *options, name="qlora-stopped", model=start)
     stopped.request_stop(1)
     assert train.run_attempt(stopped, 1) == STOPPED
     assert train.run_attempt(stopped, 2) == 0

@@ -494,10 +494,9 @@ def drill(
 
 @contextlib.contextmanager
 def _cluster(folder: Path) -> Iterator[dc.Cluster]:
-    """A cluster of one-GPU nodes, so that each rank has a node of its own. No grace: SLURM looks for its end rarely; a
-    preempted job then has KillWait, SLURM's default of 30 s, to save."""
+    """A cluster of one-GPU nodes, so that each rank has a node of its own. No grace: SLURM looks for its end rarely."""
     try:
-        yield dc.up(folder, gpus=1, grace_s=0, kill_wait_s=30, slurmd_timeout_s=6)
+        yield dc.up(folder, gpus=1, grace_s=0, slurmd_timeout_s=6)
     finally:
         dc.down(folder)
 
