@@ -248,7 +248,6 @@ class RewardFunction:
 
     path: str = key(MISSING, "a file and a function in it, as in rewards.py:brief; the file is frozen with the run")
     weight: float = key(1.0, "weight of what it returns; 0: not called")
-    sha256: str | None = key(None, "of the file; filled in at submission")
 
 
 @dataclass

@@ -23,7 +23,7 @@ from conf.check import ConfigError, nearest, split_function
 from conf.schema import CONFIG_VERSION, PREPARABLE, TEMPLATES, Cluster, Config, Node
 from launchers import graph, slurm
 from launchers.errors import LaunchError
-from launchers.preflight import transforms_of
+from launchers.preflight import read_own
 from launchers.selection import Selection, sources
 from post_training.run import ledger, manifest
 from post_training.run.directory import RunDirectory
@@ -55,11 +55,20 @@ def _frozen_template(given: str | None) -> str | None:
     return path.read_text(encoding="utf-8")
 
 
-def frozen_transforms(cfg: Config) -> str | None:
-    """Where the run's code holds the user's transforms. The name has the hash of the text: that is what counts."""
-    if cfg.data.transform_file is None:
-        return None
-    return f"functions/{hashlib.sha256(transforms_of(cfg)).hexdigest()[:16]}/{Path(cfg.data.transform_file).name}"
+def own_files(cfg: Config) -> dict[str, tuple[str, bytes]]:
+    """The user's own Python files that a stage runs: given path -> the copy's place in the run's code, and the text.
+
+    The place has the hash of the text: what a file says counts, not where it was. Raises ConfigError.
+    """
+    reward = getattr(getattr(cfg, cfg.stage), "reward", None)
+    given = {split_function(f.path)[0]: f"{cfg.stage}.reward.functions" for f in (reward.functions if reward else [])}
+    if cfg.data.transform_file is not None:
+        given[cfg.data.transform_file] = "data.transform_file"
+    texts = {path: read_own(key, path) for path, key in given.items()}
+    return {
+        path: (f"functions/{hashlib.sha256(text).hexdigest()[:16]}/{Path(path).name}", text)
+        for path, text in texts.items()
+    }
 
 
 def freeze(cfg: Config, name: str, run_name: str, inputs: Mapping[str, Any]) -> Frozen:
@@ -76,17 +85,12 @@ def freeze(cfg: Config, name: str, run_name: str, inputs: Mapping[str, Any]) -> 
     plain["model"]["chat_template"] = _frozen_template(cfg.model.chat_template)
     for part in plain["data"]["datasets"]:
         part["path"] = absolute(part["path"])
-    plain["data"]["transform_file"] = frozen_transforms(cfg)
+    own = own_files(cfg)
+    if cfg.data.transform_file is not None:
+        plain["data"]["transform_file"] = own[cfg.data.transform_file][0]
     for function in plain[cfg.stage].get("reward", {}).get("functions", []):
-        written = split_function(function["path"])
-        file = Path(written[0]).expanduser()
-        try:
-            function["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
-        except OSError as error:
-            raise ConfigError(
-                f"{cfg.stage}.reward.functions", function["path"], error.strerror or str(error), "mend the path"
-            ) from None
-        function["path"] = f"{file.name}:{written[1]}"  # what it says counts, not where it is
+        file, name_in_it = split_function(function["path"])
+        function["path"] = f"{own[file][0]}:{name_in_it}"
     frozen: Frozen = {
         "version": CONFIG_VERSION, "name": name, "stage": cfg.stage, "pipeline": run_name, "identity": "",
         "seed": cfg.seed, "offline": cfg.offline,

@@ -87,13 +87,21 @@ def check_paths(cfg: Config) -> None:
             _check_function(f"{cfg.stage}.reward.functions", function.path)
 
 
-def transforms_of(cfg: Config) -> bytes:
-    """The text of the user's transforms. Raises ConfigError."""
+def read_own(key: str, path: str) -> bytes:
+    """The text of a Python file of the user's own. Raises ConfigError."""
     try:
-        return Path(str(cfg.data.transform_file)).expanduser().read_bytes()
+        return Path(path).expanduser().read_bytes()
     except OSError as error:
-        value, problem = cfg.data.transform_file, error.strerror or str(error)
-        raise ConfigError("data.transform_file", value, problem, "give a file that can be read") from None
+        raise ConfigError(key, path, error.strerror or str(error), "give a file that can be read") from None
+
+
+def _parse_own(key: str, path: str) -> ast.Module:
+    try:
+        return ast.parse(read_own(key, path))
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None)
+        problem = f"is no Python{f': line {line}' if line else ''}: {getattr(error, 'msg', error)}"
+        raise ConfigError(key, path, problem, "mend the file") from None
 
 
 def _check_transforms(cfg: Config) -> None:
@@ -104,12 +112,7 @@ def _check_transforms(cfg: Config) -> None:
     } or {"data.transform": cfg.data.transform}  # fmt: skip
     if not any(wanted.values()):
         raise ConfigError("data.transform_file", value, "none of its transforms is asked for", "data.transform=<name>")
-    try:
-        tree = ast.parse(transforms_of(cfg))
-    except (SyntaxError, ValueError) as error:
-        line = getattr(error, "lineno", None)
-        problem = f"is no Python{f': line {line}' if line else ''}: {getattr(error, 'msg', error)}"
-        raise ConfigError("data.transform_file", value, problem, "mend the file") from None
+    tree = _parse_own("data.transform_file", str(value))
     decorators = [d for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) for d in node.decorator_list]
     calls = [d for d in decorators if isinstance(d, ast.Call) and ast.unparse(d.func).split(".")[-1] == "transform"]
     names = [d.args[0].value if d.args and isinstance(d.args[0], ast.Constant) else None for d in calls]
@@ -124,15 +127,7 @@ def _check_transforms(cfg: Config) -> None:
 def _check_function(key: str, path: str) -> None:
     """Refuse a Python file that is not there or cannot be parsed, and a function that it does not define."""
     file, name = split_function(path)
-    try:
-        tree = ast.parse(Path(file).expanduser().read_bytes())
-    except OSError as error:
-        raise ConfigError(key, path, error.strerror or str(error), "give a file that can be read") from None
-    except (SyntaxError, ValueError) as error:
-        line = getattr(error, "lineno", None)
-        problem = f"is no Python{f': line {line}' if line else ''}: {getattr(error, 'msg', error)}"
-        raise ConfigError(key, path, problem, "mend the file") from None
-    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    functions = [node.name for node in _parse_own(key, file).body if isinstance(node, ast.FunctionDef)]
     if name not in functions:
         raise ConfigError(key, path, f"{file} defines no function {name}", nearest(name, functions))
 

@@ -6,7 +6,6 @@ Also the hands of launchers.pipeline: `launch` writes the run directories of a p
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shlex
@@ -20,8 +19,8 @@ import yaml
 from conf.check import ConfigError, parse_wall_time, split_function
 from launchers import cli, slurm
 from launchers.errors import LaunchError, Unanswered
-from launchers.plan import PIPELINE_FILE, Plan, Planned, frozen_transforms, live_jobs, make_plan
-from launchers.preflight import check_cluster, check_leads, transforms_of
+from launchers.plan import PIPELINE_FILE, Plan, Planned, live_jobs, make_plan, own_files
+from launchers.preflight import check_cluster, check_leads
 from launchers.render import job_script
 from launchers.selection import Selection, select
 from post_training.run import ledger, life
@@ -188,31 +187,16 @@ def _write_code(run: RunDirectory, code: dict[str, bytes]) -> None:
         path.write_bytes(content)
 
 
-def _write_transforms(planned: Planned) -> None:
-    """Copy the file of the user's own transforms into the run's code, as it was when the plan was made."""
-    place = planned.frozen["data"]["transform_file"]
-    if place is None:
-        return
-    content = transforms_of(planned.cfg)
-    if frozen_transforms(planned.cfg) != place:
-        problem = f"{planned.cfg.data.transform_file} was changed while it was submitted"
-        raise LaunchError(problem, "the same command again")
-    target = planned.run.code / place
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(content)
-
-
-def _write_functions(planned: Planned) -> None:
-    """Copy the files of the user's own reward functions into the run's code, as they were when the plan was made."""
-    stage = planned.cfg.stage
-    frozen = planned.frozen[stage].get("reward", {}).get("functions", [])
-    for function, known in zip(getattr(planned.cfg, stage).reward.functions if frozen else [], frozen, strict=True):
-        content = Path(split_function(function.path)[0]).expanduser().read_bytes()
-        if hashlib.sha256(content).hexdigest() != known["sha256"]:
-            raise LaunchError(f"{function.path} was changed while it was submitted", "the same command again")
-        target = planned.run.function_file(known["sha256"])
-        target.parent.mkdir(exist_ok=True)
-        target.write_bytes(content)
+def _write_own_files(planned: Planned) -> None:
+    """Copy the user's own Python files into the run's code, as they were when the plan was made."""
+    functions = planned.frozen[planned.cfg.stage].get("reward", {}).get("functions", [])
+    known = {planned.frozen["data"]["transform_file"], *(split_function(f["path"])[0] for f in functions)}
+    for given, (place, text) in own_files(planned.cfg).items():
+        if place not in known:
+            raise LaunchError(f"{given} was changed while it was submitted", "the same command again")
+        target = planned.run.code / place
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(text)
 
 
 def python_of(planned: Planned) -> str:
@@ -236,8 +220,7 @@ def write(plan: Plan, undo: _Undo) -> None:
             set_aside(run)
         if not planned.started:
             _write_code(run, code)
-            _write_transforms(planned)
-            _write_functions(planned)
+            _write_own_files(planned)
         dumped = yaml.dump(
             planned.frozen, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False, allow_unicode=True
         )

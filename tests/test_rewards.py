@@ -265,14 +265,19 @@ def test_a_formula_that_never_ends_counts_as_wrong_and_the_next_one_is_read(monk
         worker.close()
 
 
+def put_function(run: RunDirectory, source: str) -> str:
+    """Put a file of the user's own where a submission puts it; `path` of its function f in a frozen config."""
+    place = f"functions/{hashlib.sha256(source.encode()).hexdigest()[:16]}/mine.py"
+    (run.code / place).parent.mkdir(parents=True, exist_ok=True)
+    (run.code / place).write_text(source)
+    return f"{place}:f"
+
+
 def own_function(tmp_path: Path, body: str) -> Callable[..., list[float | None]]:
     """A user's reward function f, loaded from a run's copy of its file."""
     run = RunDirectory(tmp_path / "run")
     source = f"def f(prompts, completions, answer, **_):\n{textwrap.indent(textwrap.dedent(body), '    ')}\n"
-    named = RewardFunction("mine.py:f", 0.5, hashlib.sha256(source.encode()).hexdigest())
-    file = run.function_file(str(named.sha256))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(source)
+    named = RewardFunction(put_function(run, source), 0.5)
     functions, weights = verify.reward_functions(Reward(0.0, 0.0, 0.0, functions=[named]), run)
     assert weights == [0.5]
     return functions[0]
@@ -310,18 +315,15 @@ def test_a_function_that_cannot_be_used_is_named_with_the_sample(tmp_path: Path,
 
 def test_a_changed_copy_and_a_file_that_fails_are_refused(tmp_path: Path) -> None:
     own_function(tmp_path, "return [0.0] * len(completions)")
-    (copy,) = (tmp_path / "run" / "code" / "functions").iterdir()
-    content = copy.read_bytes()
-    named = RewardFunction("mine.py:f", 1.0, hashlib.sha256(content).hexdigest())
-    reward = Reward(functions=[named])
-    copy.write_bytes(content + b"# edited")
+    run = RunDirectory(tmp_path / "run")
+    (copy,) = (run.code / "functions").glob("*/mine.py")
+    reward = Reward(functions=[RewardFunction(f"{copy.relative_to(run.code)}:f", 1.0)])
+    copy.write_bytes(copy.read_bytes() + b"# edited")
     with pytest.raises(DataError, match=r"mine\.py:f: its copy .* is gone or was changed"):
-        verify.reward_functions(reward, RunDirectory(tmp_path / "run"))
-    source = b"import nothing_of_that_name\n"
-    named.sha256 = hashlib.sha256(source).hexdigest()
-    RunDirectory(tmp_path / "run").function_file(named.sha256).write_bytes(source)
+        verify.reward_functions(reward, run)
+    reward.functions[0].path = put_function(run, "import nothing_of_that_name\n")
     with pytest.raises(DataError, match=r"cannot be loaded: ModuleNotFoundError.*line 1"):
-        verify.reward_functions(reward, RunDirectory(tmp_path / "run"))
+        verify.reward_functions(reward, run)
 
 
 @given(st.floats(0, 100), st.floats(-1, 200), st.lists(st.text()))

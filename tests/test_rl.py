@@ -151,10 +151,11 @@ def test_the_file_is_frozen_with_the_run(tmp_path: Path) -> None:
     write(first, _Undo())
     planned = first.stages["grpo"]
     (function,) = yaml.safe_load(planned.run.config.read_text())["grpo"]["reward"]["functions"]
-    assert (function["path"], function["weight"]) == ("my rewards.py:brief", 0.5)
-    assert function["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
-    copy = planned.run.function_file(function["sha256"])
-    assert copy.read_bytes() == file.read_bytes() and copy.is_relative_to(planned.run.code)
+    place, _, name = function["path"].rpartition(":")
+    assert place == f"functions/{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}/my rewards.py"
+    assert (name, function["weight"]) == ("brief", 0.5)
+    copy = planned.run.code / place
+    assert copy.read_bytes() == file.read_bytes()
     assert plan(moved).stages["grpo"].frozen["identity"] == planned.frozen["identity"], "what counts is what it says"
     file.write_text(file.read_text().replace("0.0", "1.0"))
     with pytest.raises(ConfigError, match=r"grpo\.reward\.functions"):
@@ -201,14 +202,14 @@ def test_a_function_of_ones_own_teaches_and_a_bad_one_ends_the_run(
     tmp_path: Path, start: Path, capsys: pytest.CaptureFixture[str], stage: str
 ) -> None:
     def attempt(name: str, source: str) -> tuple[int, RunDirectory]:
-        sha256 = hashlib.sha256(source.encode()).hexdigest()
+        place = f"functions/{hashlib.sha256(source.encode()).hexdigest()[:16]}/{name}.py"
         run = make_run(
             tmp_path, stage, *SHORT, f"{stage}.reward.random=0", f"{stage}.reward.correct=0",
-            f"{stage}.reward.functions=[{{path: '{name}.py:f', weight: 2.0, sha256: {sha256}}}]",
+            f"{stage}.reward.functions=[{{path: '{place}:f', weight: 2.0}}]",
             name=name, model=start,
         )  # fmt: skip
-        run.function_file(sha256).parent.mkdir(parents=True)
-        run.function_file(sha256).write_text(source)
+        (run.code / place).parent.mkdir(parents=True)
+        (run.code / place).write_text(source)
         return train.run_attempt(run, 1), run
 
     good = "def f(prompts, completions, answer, completion_ids, **_):\n    return [len(i) for i in completion_ids]"

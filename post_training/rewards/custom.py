@@ -25,14 +25,14 @@ Function = Callable[..., list[float | None]]
 
 def load(named: Named, run: RunDirectory) -> Function:
     """The function from the run's own copy of its file, with what it returns checked. Raises DataError."""
-    _, name = split_function(named.path)
-    file = run.function_file(str(named.sha256))
+    place, name = split_function(named.path)
+    file, shown = run.code / place, Path(named.path).name
     try:
         source = file.read_bytes()
     except FileNotFoundError:
         source = b""
-    if hashlib.sha256(source).hexdigest() != named.sha256:
-        raise DataError(f"{named.path}: its copy {file} is gone or was changed\n  fix: submit the run again")
+    if hashlib.sha256(source).hexdigest()[:16] != file.parent.name:
+        raise DataError(f"{shown}: its copy {file} is gone or was changed\n  fix: submit the run again")
     spec = importlib.util.spec_from_file_location(f"reward_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -40,8 +40,8 @@ def load(named: Named, run: RunDirectory) -> Function:
         spec.loader.exec_module(module)
         function = getattr(module, name)
     except Exception as error:
-        raise DataError(f"{named.path}: cannot be loaded: {_said(error, file)}\n  fix: mend the file") from error
-    return checked(function, named.path, file)
+        raise DataError(f"{shown}: cannot be loaded: {_said(error, file)}\n  fix: mend the file") from error
+    return checked(function, shown, file)
 
 
 def checked(function: Callable[..., Any], path: str, file: Path) -> Function:

@@ -101,10 +101,6 @@ class RunDirectory:
     def code(self) -> Path:
         return self.root / "code"
 
-    def function_file(self, sha256: str) -> Path:
-        """The run's copy of a Python file of the user's own, by the hash of its content."""
-        return self.code / "functions" / f"{sha256[:16]}.py"
-
     @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
