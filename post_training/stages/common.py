@@ -19,7 +19,7 @@ from post_training.adapters import is_adapter, quantization
 from post_training.data.source import DataError
 from post_training.data.tokenizer import load_tokenizer, train_tokenizer
 from post_training.run import manifest
-from post_training.run.directory import RunDirectory, fsync_directory
+from post_training.run.directory import RunDirectory, fsync_path
 from post_training.stages.zero import fsdp_arguments, prepare_zero, zero_config
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def finish(run: RunDirectory, partial: Path, **about: Any) -> None:
     frozen = run.read_config()
     manifest.write(partial, stage=frozen["stage"], identity=frozen["identity"], **about)
     partial.rename(run.model)
-    fsync_directory(run.root)
+    fsync_path(run.root)
 
 
 def dtype(cfg: Config) -> torch.dtype:
