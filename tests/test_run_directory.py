@@ -220,7 +220,7 @@ def test_all_is_on_the_disk_before_the_manifest_says_so(tmp_path: Path, monkeypa
 
     def fsync(descriptor: int) -> None:
         assert not (folder / manifest.NAME).exists()
-        durable.append(os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), folder))
+        durable.append(os.path.relpath(Path(f"/proc/self/fd/{descriptor}").readlink(), folder))
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
