@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import psutil
 import pytest
 import yaml
 from omegaconf import OmegaConf
@@ -217,8 +218,9 @@ class Attempt:
         return self.run
 
     def terminate(self) -> None:
-        """SIGTERM to every rank, as SLURM sends it."""
-        for process in self.processes:
+        """SIGTERM to every rank and every process that it started, as SLURM sends it."""
+        ranks = [psutil.Process(process.pid) for process in self.processes]
+        for process in [*(child for rank in ranks for child in rank.children(recursive=True)), *ranks]:
             process.send_signal(signal.SIGTERM)
 
     def wait_for_step(self, step: int) -> None:
