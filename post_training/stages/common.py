@@ -217,6 +217,7 @@ def trainer_arguments(stage: Stage, lr: float) -> dict[str, Any]:
         "adam_beta2": training.adam_beta2,
         "max_grad_norm": training.max_grad_norm,
         "gradient_checkpointing": training.gradient_checkpointing,
+        "torch_compile": training.torch_compile,
         "bf16": precision == "bfloat16",
         "fp16": precision == "float16",
         "seed": cfg.seed,
