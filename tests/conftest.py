@@ -6,7 +6,10 @@ import pytest
 
 from tests.slurm_fixture import devcluster
 
-LONG = ("test_drill", "test_pipeline", "test_exact", "test_failures", "test_local", "test_outages", "test_train")
+LONG = (
+    "test_drill", "test_exact", "test_pipelines", "test_records", "test_failures", "test_pipeline", "test_train",
+    "test_local", "test_outages",
+)  # fmt: skip
 """Files that take minutes. They are handed out first, so that no worker is left alone with one at the end."""
 
 # Whoever starts tests in the background (nohup, a CI) hands down ignored signals; tests send real ones to programs

@@ -47,7 +47,7 @@ def python_without_imports(folder: Path) -> Iterator[Path]:
     """
     from tests.training import server
 
-    server(zero=False)  # not in the threads, of which each would start its own
+    server(compiler=False)  # not in the threads, of which each would start its own
     client, python, path = folder / "client.py", folder / "python", folder / "socket"
     client.write_text(CLIENT)
     forked = shlex.join([sys.executable, "-ISs", str(client), str(path)])
@@ -89,7 +89,7 @@ def _serve(connection: socket.socket) -> None:
             return
         request = json.loads(message)
         with os.fdopen(fds[0], "wb") as output:
-            process = server(zero=False).start(
+            process = server(compiler=False).start(
                 "tests.shim", request["args"], request["env"], Path(request["cwd"]), output
             )
         try:
