@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +48,6 @@ def trained(folder: Path, name: str, *overrides: str, stage: str = "sft", **inpu
 
 
 def trainer_of(folder: Path, name: str, start: Path, *overrides: str, stage: str = "sft") -> Any:
-    import importlib
-
     run = make_run(folder, stage, "training.max_steps=2", *overrides, name=name, model=start)
     return importlib.import_module(f"post_training.stages.{stage}").build_trainer(common.open_stage(run))
 
@@ -262,6 +262,32 @@ def test_adapters_are_trained_and_a_plain_model_is_handed_on(folder: Path, start
         assert torch.equal(ours["score.weight"], head)
     kept = {p.suffix for p in (run.model / "adapter").iterdir()}
     assert not kept & {".bin", ".pt", ".md"}
+
+
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
+def test_under_adapters_the_reference_is_the_model_without_them(folder: Path, start: Path, stage: str) -> None:
+    """No second model is held, and what the reference says is what the start model says. Another one is loaded."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    from post_training.stages.dpo import reference
+
+    trainer = trainer_of(folder, f"reference-{stage}", start, *LORA, stage=stage)
+    assert trainer.ref_model is None
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    asked = trainer.compute_ref_log_probs(trainer.model, batch)
+    trainer.ref_model = common.load_causal_lm(
+        trainer_config(folder, f"reference-{stage}"), str(start), trainer.processing_class
+    )
+    add_fused_lm_head(trainer.ref_model)
+    for ours, theirs in zip(asked, trainer.compute_ref_log_probs(trainer.ref_model, batch), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    another = shutil.copytree(start, folder / f"another-{stage}")
+    run = make_run(folder, stage, *LORA, "training.max_steps=1", name=f"to-{stage}", model=start, reference=another)
+    assert reference(common.open_stage(run), precomputed=False) is not None
 
 
 def test_inference_checkpoints_under_adapters_are_plain_and_change_nothing(folder: Path, start: Path) -> None:
