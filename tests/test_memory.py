@@ -232,6 +232,7 @@ def test_adapters_count_where_a_stage_takes_them(stage: str) -> None:
         (["stage=grpo", "grpo.beta=0.1"], ["reference model"]),
         (["stage=rloo", "rloo.beta=0.1"], ["reference model"]),
         (["stage=ppo"], ["reference model"]),
+        (["stage=ppo", "lora.r=4"], []),
         (["stage=ppo", "ppo.reward_model_weight=1"], ["reference model", "reward model"]),
         (["stage=ppo", "ppo.reward_model_weight=0", "ppo.value_init=rm"], ["reference model"]),  # it lends its head
     ],

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conf.check import ConfigError, check_run
+from conf.check import LORA_STAGES, ConfigError, check_run
 from post_training import data, train
 from post_training.adapters import new_tokens
 from post_training.run import manifest
@@ -25,7 +25,7 @@ from tests.training import ROOT, events, make_config, make_run, metrics, real_da
 
 pytestmark = pytest.mark.usefixtures("here")
 LORA = ("lora.r=4", "lora.alpha=8", "training.warmup_steps=0", "sft.lr=1e-2", "dpo.lr=1e-2", "rm.lr=1e-2",
-        "orpo.lr=1e-2", "kto.lr=1e-2", "grpo.lr=1e-2")  # fmt: skip
+        "orpo.lr=1e-2", "kto.lr=1e-2", "grpo.lr=1e-2", "rloo.lr=1e-2", "ppo.lr=1e-2")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +240,7 @@ def merged_by_hand(start: Path, adapter: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-@pytest.mark.parametrize("stage", ["sft", "distill", "rm", "dpo", "orpo", "kto", "grpo"])
+@pytest.mark.parametrize("stage", LORA_STAGES)
 def test_adapters_are_trained_and_a_plain_model_is_handed_on(folder: Path, start: Path, stage: str) -> None:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -408,7 +408,7 @@ def test_layers_that_are_not_there(folder: Path, start: Path, capsys: pytest.Cap
     ("stage", "overrides", "key"),
     [
         ("base", ["lora.r=4"], "lora.r"),
-        ("ppo", ["lora.r=4"], "lora.r"),
+        ("ppo", ["lora.r=4", "lora.quantize=nf4"], "lora.quantize"),
         ("sft", ["lora.r=0"], "lora.r"),
         ("sft", ["lora.quantize=nf4"], "lora.quantize"),
         ("sft", ["lora.r=4", "lora.quantize=int8"], "lora.quantize"),

@@ -6,6 +6,7 @@ from transformers import Trainer
 from trl import RLOOConfig, RLOOTrainer
 
 from post_training import data
+from post_training.adapters import lora_config
 from post_training.rewards.verify import reward_functions
 from post_training.stages.common import Stage, load_causal_lm, trainer_arguments
 from post_training.stages.grpo import Groups
@@ -34,10 +35,12 @@ def build_trainer(stage: Stage) -> Trainer:
         mask_truncated_completions=cfg.rloo.mask_truncated_completions,
         reward_weights=weights,
     )
+    model = load_causal_lm(cfg, stage.model_path, stage.tokenizer, trained=True)
     return RlooTrainer(
-        model=load_causal_lm(cfg, stage.model_path, stage.tokenizer),
+        model=model,
         reward_funcs=functions,
         args=args,
         train_dataset=data.load(cfg.data).problems("train"),
         processing_class=stage.tokenizer,
+        peft_config=lora_config(stage, model),
     )
