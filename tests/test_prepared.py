@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 from datasets import Dataset
 
@@ -22,6 +21,7 @@ from post_training.data.prepared import digest, fingerprint, folder_of, kept, pr
 from post_training.data.source import DataError, Source
 from post_training.data.tokenizer import bytes_tokenizer, load_tokenizer
 from post_training.stages.common import build_model, load_config
+from tests.in_process import own_cache  # noqa: F401  (a fixture)
 from tests.training import make_config
 
 CASES = {
@@ -33,15 +33,6 @@ CASES = {
     "rm, left out": ("rm", "training.max_length=28"),
     "dpo": ("dpo",),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What `datasets` caches stays out of the user's home."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    yield
-    patch.undo()
 
 
 def config(stage: str, *overrides: str) -> Config:

@@ -10,7 +10,6 @@ import importlib
 import json
 import math
 import shutil
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,21 +30,14 @@ from post_training import train
 from post_training.run.directory import RunDirectory
 from post_training.stages import common
 from post_training.stages.grpo import group_figures
+from tests.in_process import training_here
 from tests.training import make_run, metrics
 
 
 @pytest.fixture(scope="module", autouse=True)
 def here() -> Iterator[None]:
-    """Training inside the test's own process, whose signal handler, environment and threads come back after."""
-    handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("TENSORBOARD_LOGGING_DIR", "ACCELERATE_TORCH_DEVICE"):
-            patch.setenv(name, "")
-            patch.delenv(name)
+    with training_here():
         yield
-    torch.set_num_threads(threads)
-    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture(scope="module")

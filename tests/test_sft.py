@@ -20,7 +20,7 @@ from post_training.run import manifest
 from post_training.run.directory import RunDirectory
 from post_training.run.life import STOPPED
 from post_training.stages import common
-from tests.test_train import here  # noqa: F401  (a fixture)
+from tests.in_process import here, refused  # noqa: F401  (a fixture)
 from tests.training import ROOT, events, make_config, make_run, metrics, real_data, weights
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -54,15 +54,6 @@ def trainer_of(folder: Path, name: str, start: Path, *overrides: str, stage: str
 
 def losses(run: RunDirectory) -> list[float]:
     return [line["loss"] for line in metrics(run) if "loss" in line]
-
-
-def refused(capsys: pytest.CaptureFixture[str], run: RunDirectory) -> str:
-    """What a run that ends with status 2 says; nothing half-made is left."""
-    assert train.run_attempt(run, 1) == 2
-    assert not run.model.exists() and not list(run.root.glob("model.partial*"))
-    said = capsys.readouterr().err
-    assert "error: " in said and "fix: " in said and "Traceback" not in said
-    return said
 
 
 # ---------------------------------------------------------------------------------------------------- losses

@@ -13,6 +13,7 @@ from trl.trainer.utils import RepeatSampler
 
 from post_training import data
 from post_training.adapters import lora_config
+from post_training.data.source import DataError
 from post_training.rewards.verify import reward_functions
 from post_training.stages.common import Stage, load_causal_lm, trainer_arguments
 from post_training.stages.exact import ExactResume
@@ -33,6 +34,15 @@ class EpochSampler(RepeatSampler):
     def __iter__(self) -> Iterator[int]:
         self.generator.manual_seed(self.seed + self.epoch())
         return super().__iter__()
+
+
+def require_prompts(given: int, at_once: int) -> None:
+    """Raise DataError where not even the first generation has all of its prompts."""
+    if given < at_once:
+        raise DataError(
+            f"data: there are {given} prompts, fewer than the {at_once} that one generation asks\n"
+            "  fix: more records (data.path, data.num_prompts), or a smaller training.effective_batch_size"
+        )
 
 
 class Groups(ExactResume):
@@ -57,6 +67,7 @@ class Groups(ExactResume):
         prompts = args.generation_batch_size // self.num_generations
         repeats = self.num_iterations * args.steps_per_generation
         dataset = self.train_dataset if dataset is None else dataset
+        require_prompts(len(dataset), prompts)
         micro_steps = len(dataset) // prompts * repeats
         steps = -(-micro_steps // args.gradient_accumulation_steps)
         return EpochSampler(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
+from datasets import Dataset
 from transformers import Trainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
@@ -12,7 +16,26 @@ from post_training.stages.exact import ExactResume
 
 
 class OrpoTrainer(ExactResume, ORPOTrainer):
-    """TRL's ORPOTrainer, resumed exactly."""
+    """TRL's ORPOTrainer, resumed exactly, without pairs whose prompt fills max_length: their loss would be NaN."""
+
+    train_dataset: Dataset
+    eval_dataset: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.train_dataset = with_answers(self.train_dataset)
+        if self.eval_dataset is not None:
+            self.eval_dataset = with_answers(self.eval_dataset)
+
+
+def with_answers(rows: Dataset) -> Dataset:
+    """Tokenised pairs of which both answers have a token to be trained."""
+    labels = zip(rows["chosen_labels"], rows["rejected_labels"], strict=True)
+    kept = [i for i, both in enumerate(labels) if all(any(label != -100 for label in one) for one in both)]
+    if len(kept) == len(rows):
+        return rows
+    print(f"orpo: {len(rows) - len(kept)} pairs left out: the prompt fills training.max_length", file=sys.stderr)
+    return rows.select(kept)
 
 
 def build_trainer(stage: Stage) -> Trainer:

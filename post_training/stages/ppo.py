@@ -49,6 +49,7 @@ from post_training.data.source import DataError
 from post_training.rewards.verify import reward_functions
 from post_training.stages.common import Stage, load_causal_lm, load_reward_model, trainer_arguments
 from post_training.stages.exact import ExactResume
+from post_training.stages.grpo import require_prompts
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -606,8 +607,7 @@ class PPOTrainer(ExactResume):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         size = len(self.train_dataset if train_dataset is None else train_dataset)
         rollout_size = self._train_batch_size * self._rollout_batches * self.args.world_size
-        if size < rollout_size:
-            raise ValueError(f"the dataset has {size} prompts, fewer than one rollout takes ({rollout_size})")
+        require_prompts(size, rollout_size)
         steps = size // rollout_size * self._micro_steps_per_rollout // self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return RolloutSampler(
