@@ -18,7 +18,7 @@ from conf.schema import Config
 from post_training import data
 from post_training.data import prepared
 from post_training.data.prepared import digest, fingerprint, folder_of, kept, preparation_of, recipe
-from post_training.data.source import DataError, Source
+from post_training.data.source import DataError, Samples, Source, Split
 from post_training.data.tokenizer import bytes_tokenizer, load_tokenizer
 from post_training.stages.common import build_model, load_config
 from tests.in_process import own_cache  # noqa: F401  (a fixture)
@@ -248,8 +248,8 @@ class Given(Source):
     def __init__(self, talks: list[list[dict[str, str]]]) -> None:
         self.talks = talks
 
-    def demonstrations(self, split: str) -> Dataset:
-        return Dataset.from_dict({"messages": self.talks})
+    def samples(self, view: str, split: Split) -> Samples:
+        return Samples(Dataset.from_dict({"messages": self.talks}), [None] * len(self.talks), len(self.talks))
 
 
 def turn(role: str, text: str) -> dict[str, str]:

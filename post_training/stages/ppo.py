@@ -547,8 +547,7 @@ class PPOTrainer(ExactResume):
             processing_class=processing_class,
             callbacks=callbacks,
         )
-        if self.is_fsdp_enabled:
-            raise NotImplementedError("PPO has not been made to work with FSDP: use DDP or DeepSpeed")
+        assert not self.is_fsdp_enabled, "conf.check refuses it"
         self.args: PPOArguments = args
         self.tokenizer = tokenizer
         self.reward_funcs, self.reward_weights = reward_funcs, reward_weights
