@@ -122,6 +122,7 @@ class Training:
     adam_beta2: float = key(0.999, "AdamW decay of squared gradients")
     max_grad_norm: float = key(1.0, "gradient norm is clipped to this")
     gradient_checkpointing: bool = key(False, "recompute activations in the backward pass to save memory")
+    torch_compile: bool = key(False, "base, sft, distill: the model is compiled, which takes the first step minutes")
     dataloader_num_workers: int = key(0, "processes that prepare batches, on each rank; 0: the trainer itself")
 
 

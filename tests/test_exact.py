@@ -42,8 +42,8 @@ class Row:
 
 ROWS = (
     Row("base", "base", ("data.num_documents=24",)),
-    Row("base, wrapped, own tokenizer", "base", ("data.num_documents=64", "base.packing=wrapped",
-        "model.tokenizer=train", "model.vocab_size=300"), columns=("1 rank",)),
+    Row("base, wrapped, own tokenizer, compiled", "base", ("data.num_documents=64", "base.packing=wrapped",
+        "model.tokenizer=train", "model.vocab_size=300", "training.torch_compile=true"), columns=("1 rank",)),
     Row("sft", "sft", ("data.num_demonstrations=24",)),
     Row("sft, packed", "sft", ("data.num_demonstrations=50", "sft.packing=true")),  # a pass ends with half a step
     Row("sft, LoRA", "sft", ("data.num_demonstrations=24", "lora.r=4", "lora.dropout=0.1", "sft.lr=1e-2"),

@@ -31,6 +31,7 @@ from post_training.run.directory import RunDirectory
 from post_training.stages import common
 from post_training.stages.grpo import group_figures
 from tests.in_process import training_here
+from tests.records import write as write_records
 from tests.training import make_run, metrics
 
 
@@ -371,6 +372,35 @@ def test_held_out_pairs_are_judged_at_the_end(
     assert figures["rewards/margins"] == pytest.approx(sum(margins) / 8, rel=1e-3, abs=1e-4)
     assert figures["rewards/accuracies"] == pytest.approx(sum(m > 0 for m in margins) / 8)
     assert sum(margins) > 0, "it learned something"
+
+
+@pytest.mark.parametrize("stage", ["rm", "dpo", "orpo", "kto"])
+def test_pairs_whose_prompt_leaves_no_room_are_left_out(
+    tmp_path: Path, start: Path, stage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No answer of theirs could be compared; and kto's held-out pairs are still judged as pairs."""
+
+    def pairs(count: int, long: int) -> str:
+        rows = [{"prompt": f"{'long ' * 20 if i % long == 1 else 'short'} {i}", "chosen": f"a{i}", "rejected": f"b{i}"}
+                for i in range(count)]  # fmt: skip
+        return write_records(tmp_path / f"{count}.jsonl", rows)
+
+    options = ["data.name=custom", f"data.path={pairs(24, 3)}", f"data.eval_path={pairs(16, 3)}", "eval.num_problems=9"]
+    run = make_run(tmp_path, stage, *options, "training.max_steps=4", model=start)
+    assert train.run_attempt(run, 1) == 0
+    losses = [line["loss"] for line in logged(run)]
+    assert len(losses) == 4 and all(map(math.isfinite, losses))
+    assert ("orpo: training.max_length leaves out 8 of 24 pairs" in capsys.readouterr().err) == (stage == "orpo")
+    trainer = trainer_of(run)
+    assert len(trainer.train_dataset) == (32 if stage == "kto" else 16)
+    assert json.loads(run.held_out.read_text())["rows"] == len(trainer.eval_dataset) == (16 if stage == "kto" else 8)
+    if stage == "kto":
+        prompts = [trainer.processing_class.decode(ids) for ids in trainer.eval_dataset["prompt_ids"]]
+        assert all(prompts[i : i + 2] == prompts[i + 2 : i + 4] for i in range(0, 16, 4))
+    if stage == "orpo":
+        none = make_run(tmp_path, stage, *options, "training.max_length=4", name="none", model=start)
+        assert train.run_attempt(none, 1) == 2
+        assert "training.max_length=4: leaves out 24 of 24 pairs" in capsys.readouterr().err
 
 
 def test_the_reference_s_word_is_kept_for_later_attempts(tmp_path: Path, start: Path, scorer: Path) -> None:

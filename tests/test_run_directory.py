@@ -214,6 +214,25 @@ def test_manifest_of_a_whole_folder(tmp_path: Path) -> None:
     assert set(manifest.read(folder)["files"]) == {"model.safetensors", "sub/x"}
 
 
+def test_all_is_on_the_disk_before_the_manifest_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "checkpoint-7"
+    (folder / "parts").mkdir(parents=True)
+    for name in ("model.safetensors", "parts/rank-0.pt"):
+        (folder / name).write_text("weights")
+    durable: list[str] = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        assert not (folder / manifest.NAME).exists()
+        durable.append(os.path.relpath(Path(f"/proc/self/fd/{descriptor}").readlink(), folder))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr("post_training.run.manifest.write_atomic", lambda path, text: path.write_text(text))
+    manifest.write(folder)
+    assert sorted(durable) == [".", "model.safetensors", "parts", "parts/rank-0.pt"]
+
+
 def test_manifest_finds_what_is_wrong(tmp_path: Path) -> None:
     assert manifest.problem(tmp_path / "nowhere") == "no manifest.json"
     folder = complete(tmp_path / "model")
