@@ -87,7 +87,7 @@ AT_LEAST: dict[str, float] = {
     "sample.max_completion_length": 1,
     "sample.batch_size": 1,
 }
-LORA_STAGES = ("sft", "distill", "rm", "dpo", "orpo", "kto", "grpo")
+LORA_STAGES = ("sft", "distill", "rm", "ppo", "dpo", "orpo", "kto", "grpo", "rloo")
 FSDP2 = ("base", "sft", "dpo")
 """Stages that run under parallel=fsdp2."""
 COMPILED = ("base", "sft", "distill")
@@ -516,6 +516,9 @@ def _check_lora(cfg: Config) -> None:
     if cfg.parallel.strategy.startswith("fsdp"):
         problem = f"adapters are not written whole under parallel.strategy={cfg.parallel.strategy}"
         raise ConfigError("lora.r", lora.r, problem, "parallel=zero2 or zero3, or lora.r=null")
+    if lora.quantize is not None and cfg.stage == "ppo":
+        problem = "ppo has not been made to work with weights held in 4 bits"
+        raise ConfigError("lora.quantize", lora.quantize, problem, "lora.quantize=null")
     if lora.quantize is not None and cfg.parallel.strategy == "zero3":
         problem = "ZeRO-3 cannot share weights held in 4 bits"
         raise ConfigError("lora.quantize", lora.quantize, problem, "parallel=zero2, or lora.quantize=null")

@@ -427,7 +427,7 @@ class Config:
     checkpointing: Checkpointing = key(Checkpointing(), "what is saved, and when")
     slurm: Slurm = key(Slurm(), "what each job asks for; under cluster=local wall time, signal and CPUs hold too")
     cluster: Cluster = key(Cluster(), "where jobs run")
-    lora: Lora = key(Lora(), "adapters instead of all weights: sft, distill, rm, dpo, orpo, kto and grpo")
+    lora: Lora = key(Lora(), "adapters instead of all weights; not for base")
     parallel: Parallel = key(Parallel(), "how ranks share the work")
     logging: Logging = key(Logging(), "what is logged, and where to")
     paths: Paths = key(Paths(), "folders")

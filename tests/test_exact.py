@@ -56,6 +56,8 @@ ROWS = (
     Row("kto, reference asked once", "kto", ("data.num_pairs=12", "kto.precompute_ref_log_probs=true"), dropout=False),
     Row("ppo, two passes a rollout", "ppo", ("data.num_prompts=20", "ppo.num_ppo_epochs=2", "ppo.value_init=rm"),
         sampled=True),
+    Row("ppo, LoRA", "ppo", ("data.num_prompts=20", "ppo.num_ppo_epochs=2", "lora.r=4", "lora.dropout=0.1",
+        "ppo.lr=1e-2"), sampled=True, columns=("1 rank", "ZeRO-3, 2 ranks")),
     Row("grpo", "grpo", ("data.num_prompts=6",), sampled=True),
     Row("grpo, num_iterations=2", "grpo", ("data.num_prompts=4", "grpo.num_iterations=2", "grpo.beta=0.1"),
         sampled=True),

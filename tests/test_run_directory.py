@@ -137,12 +137,16 @@ JUNK = st.one_of(
     st.text(),
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-        lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["event", "time", "step", "x"]), inner),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(st.sampled_from(["event", "time", "step", "x"]), inner, max_size=4)
+        ),
+        max_leaves=8,
     ).map(json.dumps),
 )
 
 
-@given(before=st.lists(JUNK), after=st.lists(JUNK))
+@given(before=st.lists(JUNK, max_size=3), after=st.lists(JUNK, max_size=3))
 def test_parse_finds_events_among_junk(before: list[str], after: list[str]) -> None:
     event = {"time": 1.5, "event": "checkpoint_saved", "step": 3, "version": 1}
     found = ledger.parse("\n".join([*before, json.dumps(event), *after]))
