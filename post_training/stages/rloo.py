@@ -8,7 +8,7 @@ from trl import RLOOConfig, RLOOTrainer
 from post_training import data
 from post_training.rewards.verify import reward_functions
 from post_training.stages.common import Stage, load_causal_lm, trainer_arguments
-from post_training.stages.grpo import Groups
+from post_training.stages.grpo import Groups, generate_by_vllm
 
 
 class RlooTrainer(Groups, RLOOTrainer):
@@ -34,10 +34,12 @@ def build_trainer(stage: Stage) -> Trainer:
         mask_truncated_completions=cfg.rloo.mask_truncated_completions,
         reward_weights=weights,
     )
-    return RlooTrainer(
+    trainer = RlooTrainer(
         model=load_causal_lm(cfg, stage.model_path, stage.tokenizer),
         reward_funcs=functions,
         args=args,
         train_dataset=data.load(cfg.data).problems("train"),
         processing_class=stage.tokenizer,
     )
+    generate_by_vllm(stage, trainer)
+    return trainer
