@@ -568,9 +568,9 @@ def _check_vllm(cfg: Config) -> None:
         problem = f"leaves no room for a prompt beside {cfg.stage}.max_completion_length={longest}"
         fix = f"{where}.max_model_length={2 * longest}"
         raise ConfigError(f"{where}.max_model_length", how.max_model_length, problem, fix)
-    if cfg.lora.r is not None:
-        problem = "the engine is given whole models, not adapters"
-        raise ConfigError(f"{where}.backend", backend, problem, f"{where}.backend=transformers, or lora.r=null")
+    if cfg.lora.r is not None and cfg.lora.quantize is not None:
+        problem = "it is given adapters merged into the start model, which is held in 4 bits"
+        raise ConfigError(f"{where}.backend", backend, problem, f"{where}.backend=transformers, or lora.quantize=null")
     if backend == "vllm_server":
         gpus = cfg.slurm.gpus_per_node
         if cfg.slurm.num_nodes > 1:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
@@ -20,7 +20,10 @@ from trl.generation.vllm_generation import VLLMGeneration
 from conf.check import generation, vllm_share
 from post_training.data.source import DataError
 from post_training.stages.common import Stage
-from post_training.vllm_engine import Engine, Engines, Samples, write_config
+from post_training.vllm_engine import Engine, Engines, Samples, Weights, write_config
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 NOT_EXACT = (
     "samples by vLLM: weights, optimizer, the order of prompts and the seed of each generation are kept; vLLM does not "
@@ -70,11 +73,19 @@ class VllmGeneration(VLLMGeneration):
 
     def sync_weights(self) -> None:
         """Bring the trained model's weights to vLLM. Called by all ranks."""
+        weights = self._weights()
         if self.engine is not None:
-            self.engine.load(self._iter_named_params())
+            self.engine.load(weights)
         else:
-            for _ in self._iter_named_params():  # gathering parts takes all ranks
+            for _ in weights:  # gathering parts takes all ranks
                 pass
+
+    def _weights(self) -> Weights:
+        if not hasattr(self.model, "peft_config"):
+            yield from self._iter_named_params()
+        else:  # TRL merges adapters into the start model and out again, which leaves it with other bits
+            with self._dist.gather_params(list(self.model.parameters())):
+                yield from merged_weights(self.model)
 
     def generate(
         self, prompts: list[list[int]], images: Any, num_generations: int, profiler: Any = None
@@ -117,3 +128,33 @@ class VllmGeneration(VLLMGeneration):
                 f"  fix: {where}.backend=transformers; a larger bound only where the model's arithmetic is so coarse"
             )
         return mean
+
+
+@torch.no_grad()
+def merged_weights(model: PeftModel) -> Weights:
+    """The weights of a model with LoRA adapters merged into them, under the names of the model without; neither is
+    changed. Rows of an embedding that are trained beside adapters are in their places."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    base = model.get_base_model()
+    done: tuple[str, ...] = ()  # what is inside of these is adapters
+    for prefix, module in base.named_modules():
+        found: list[tuple[str, torch.Tensor]] = []
+        if done and prefix.startswith(done):
+            continue
+        if isinstance(module, TrainableTokensLayer):
+            found = [("weight", module.get_merged_weights(module.active_adapters))]
+        elif isinstance(module, LoraLayer):
+            found = [(name, value.data) for name, value in module.get_base_layer().named_parameters()]
+            layer: Any = module  # each kind of layer has its own get_delta_weight
+            deltas = [layer.get_delta_weight(name) for name in layer.active_adapters if name in layer.lora_A]
+            found = [(n, v + sum(d.to(v) for d in deltas) if n == "weight" and deltas else v) for n, v in found]
+        else:
+            found = [(name, value.data) for name, value in module.named_parameters(recurse=False)]
+        if isinstance(module, TrainableTokensLayer | LoraLayer):
+            done += (f"{prefix}.",)
+        for name, value in found:
+            whole = f"{prefix.removesuffix('.token_adapter')}.{name}"
+            if whole not in base.all_tied_weights_keys:
+                yield whole, value

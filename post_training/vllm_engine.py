@@ -107,7 +107,7 @@ class Engine:
 def _repack_head(model: Any) -> None:
     """On CPUs vLLM computes with packed copies of weights; a head that is tied to the embedding keeps its old copy."""
     head = getattr(model, "lm_head", None)
-    if hasattr(head, "cpu_linear"):
+    if head is not None and hasattr(head, "cpu_linear"):
         head.quant_method.process_weights_after_loading(head)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import pytest
+import torch
 
 from conf import memory
 from conf.check import ConfigError, check_run, tasks_per_node, world_size
@@ -109,8 +110,10 @@ def differences(run: RunDirectory) -> list[float]:
 @needs_vllm
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_each_rank_s_engine_samples_from_the_trained_weights(folder: Path, start: Path, ranks: int) -> None:
-    """Also after a stop, which loses no step; on one machine and CPU the weights come out the same to the bit."""
-    options = (*by_vllm("grpo"), f"slurm.gpus_per_node={ranks if ranks > 1 else 0}")
+    """With adapters on two ranks. Also after a stop, which loses no step; here, on one machine's CPU, the weights come
+    out the same to the bit."""
+    several = ("slurm.gpus_per_node=2", "lora.r=4", "lora.alpha=16") if ranks > 1 else ()
+    options = (*by_vllm("grpo"), *several)
     calm = make_run(folder, "grpo", *options, name=f"calm-{ranks}", model=start)
     whole = VllmAttempt(calm, world_size=ranks)
     whole.finish()
@@ -146,8 +149,8 @@ def test_weights_that_do_not_arrive_end_the_run(folder: Path, start: Path, syncs
 
 @needs_vllm
 def test_the_server_lives_and_dies_with_the_attempt(folder: Path, start: Path) -> None:
-    """SLURM's SIGTERM reaches it as well, and must not end it before the save."""
-    options = (*by_vllm("rloo", "vllm_server"), "slurm.gpus_per_node=3")
+    """SLURM's SIGTERM reaches it as well, and must not end it before the save. ZeRO-3's parts are gathered for it."""
+    options = (*by_vllm("rloo", "vllm_server"), "slurm.gpus_per_node=3", "parallel.strategy=zero3")
     run = hold(make_run(folder, "rloo", *options, name="server", model=start))
     assert tasks_per_node(load_config(run.read_config())) == 2
     first = VllmAttempt(run, world_size=2)
@@ -240,7 +243,7 @@ BY_VLLM, SERVER = "grpo.generation.backend=vllm", "grpo.generation.backend=vllm_
     [
         (["grpo.generation.backend=vlm"], "grpo.generation.backend"),
         ([BY_VLLM, "cluster.python=null"], "grpo.generation.backend"),
-        ([BY_VLLM, "lora.r=4"], "grpo.generation.backend"),
+        ([BY_VLLM, "lora.r=4", "lora.quantize=nf4"], "grpo.generation.backend"),
         ([BY_VLLM, "grpo.generation.gpu_memory_utilization=1.5"], "grpo.generation.gpu_memory_utilization"),
         ([BY_VLLM, "grpo.generation.max_model_length=8"], "grpo.generation.max_model_length"),
         ([BY_VLLM, "grpo.generation.max_logprob_difference=-1"], "grpo.generation.max_logprob_difference"),
@@ -283,6 +286,33 @@ def test_vllm_s_share_of_the_gpu_is_part_of_the_estimate() -> None:
     assert error.value.fix == "grpo.generation.gpu_memory_utilization=0.21"
     judged = memory.estimate(config(*gpu, "eval.backend=vllm", stage="eval"), small)
     assert judged is not None and judged.terms["vLLM"] == 40 * memory.GIB
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_adapters_are_merged_for_vllm_as_peft_merges_them(tied: bool) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from post_training.generation import merged_weights
+
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            tie_word_embeddings=tied,
+        )
+    )  # fmt: skip
+    rows = {"model.embed_tokens": [1, 2]} | ({} if tied else {"lm_head": [1, 2]})
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", trainable_token_indices=rows))
+    for name, value in adapted.named_parameters():
+        if "lora_" in name or "delta" in name:
+            torch.nn.init.normal_(value, generator=torch.Generator().manual_seed(len(name)))
+    before = {name: value.clone() for name, value in adapted.state_dict().items()}
+    ours = {name: value.clone() for name, value in merged_weights(adapted)}
+    assert all(torch.equal(before[name], value) for name, value in adapted.state_dict().items())
+    theirs = dict(adapted.merge_and_unload().named_parameters())
+    assert set(ours) == set(theirs)
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value.data)
 
 
 def test_a_run_is_another_one_by_vllm_but_not_by_how_vllm_is_run() -> None:
