@@ -9,9 +9,10 @@ BIN    := $(VENV)/bin
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m launchers.pipeline pipeline=quickstart cluster=local
 
-test: $(VENV)/.installed-dev $(VENV)/qlora slurm lint types
+test: $(VENV)/.installed-dev $(VENV)/qlora $(VENV)/vllm slurm lint types
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 	PYTHONPATH=$(VENV)/qlora $(BIN)/python -m pytest -m qlora tests/test_sft.py
+	PYTHONPATH=$(VENV)/vllm $(BIN)/python -m pytest -m vllm tests/test_vllm.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -39,6 +40,11 @@ $(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
 # bitsandbytes, an extra, in a folder of its own: where it is installed, every start imports it, which takes seconds
 $(VENV)/qlora: requirements-qlora.lock | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ -r requirements-qlora.lock
+	@touch $@
+
+# vLLM for CPUs, likewise: TRL imports it wherever it is installed
+$(VENV)/vllm: requirements-vllm.lock | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --upgrade --target $@ -r $<
 	@touch $@
 
 # wandb, an extra, and what it alone brings

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 
 from conf.datasets import KNOWN, STAGE_VIEWS, TRANSFORMS, VIEWS, having, views_of
-from conf.schema import LENGTHS, TECHNIQUES, TEMPLATES, UNTRAINED, Config, Grpo, Reward, Rloo
+from conf.schema import LENGTHS, TECHNIQUES, TEMPLATES, UNTRAINED, Config, Generation, Grpo, Reward, Rloo
 
 GUARDRAILS = ("nan", "kl", "saturation", "entropy", "spike")
 """Rules of `guardrails`, the worst first."""
@@ -33,6 +33,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "grpo.loss_type": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
     "grpo.scale_rewards": ("group", "batch", "none"),
     "grpo.importance_sampling_level": ("token", "sequence"),
+    "grpo.generation.backend": ("transformers", "vllm", "vllm_server"),
+    "rloo.generation.backend": ("transformers", "vllm", "vllm_server"),
+    "eval.backend": ("transformers", "vllm"),
 }
 AT_LEAST: dict[str, float] = {
     "training.effective_batch_size": 1,
@@ -86,6 +89,10 @@ AT_LEAST: dict[str, float] = {
     "sample.keep": 1,
     "sample.max_completion_length": 1,
     "sample.batch_size": 1,
+    "grpo.generation.server_gpus": 1,
+    "rloo.generation.server_gpus": 1,
+    "grpo.generation.max_logprob_difference": 0,
+    "rloo.generation.max_logprob_difference": 0,
 }
 LORA_STAGES = ("sft", "distill", "rm", "ppo", "dpo", "orpo", "kto", "grpo", "rloo")
 FSDP2 = ("base", "sft", "dpo")
@@ -142,9 +149,30 @@ def lookup(cfg: Config, dotted: str) -> object:
     return value
 
 
+def generation(cfg: Config) -> Generation | None:
+    """How a stage samples what it trains on, where it can be told."""
+    return getattr(getattr(cfg, cfg.stage), "generation", None) if cfg.stage in ("grpo", "rloo") else None
+
+
+def vllm_share(cfg: Config) -> float | None:
+    """Share of a GPU's memory that vLLM takes; None where it has no part in the stage."""
+    if cfg.stage == "eval":
+        return cfg.eval.gpu_memory_utilization if cfg.eval.backend == "vllm" else None
+    how = generation(cfg)
+    if how is None or how.backend == "transformers":
+        return None
+    return how.gpu_memory_utilization or (0.3 if how.backend == "vllm" else 0.9)
+
+
+def server_gpus(cfg: Config) -> int:
+    """GPUs of the job on which nothing trains: they are vLLM's."""
+    how = generation(cfg)
+    return how.server_gpus if how is not None and how.backend == "vllm_server" and cfg.slurm.gpus_per_node else 0
+
+
 def tasks_per_node(cfg: Config) -> int:
-    """One task a GPU; one CPU task where a node has none."""
-    return max(1, cfg.slurm.gpus_per_node)
+    """One task a GPU that trains; one CPU task where a node has none."""
+    return max(1, cfg.slurm.gpus_per_node - server_gpus(cfg))
 
 
 def world_size(cfg: Config) -> int:
@@ -196,6 +224,7 @@ def check_run(cfg: Config) -> None:
         _check_reward(cfg)
     if cfg.stage == "dpo":
         _check_dpo(cfg)
+    _check_vllm(cfg)
 
 
 DPO_LOSSES = (
@@ -526,6 +555,42 @@ def _check_lora(cfg: Config) -> None:
     if lora.quantize is not None and cfg.cluster.python is None and importlib.util.find_spec("bitsandbytes") is None:
         fix = "pip install bitsandbytes (the extra [qlora]), or lora.quantize=null"
         raise ConfigError("lora.quantize", lora.quantize, "the package bitsandbytes is not installed", fix)
+
+
+def _check_vllm(cfg: Config) -> None:
+    """Refuse what vLLM cannot do here. Whether it is installed is known in the job, which may have another Python."""
+    how = generation(cfg)
+    where = f"{cfg.stage}.generation" if how is not None else "eval"
+    backend = how.backend if how is not None else cfg.eval.backend if cfg.stage == "eval" else "transformers"
+    if backend == "transformers":
+        return
+    share = how.gpu_memory_utilization if how is not None else cfg.eval.gpu_memory_utilization
+    if share is not None and not 0 < share <= 1:
+        problem = "must be above 0 and at most 1"
+        raise ConfigError(f"{where}.gpu_memory_utilization", share, problem, f"{where}.gpu_memory_utilization=0.3")
+    # the Python that submits runs the jobs too, unless cluster.python says otherwise
+    if cfg.cluster.python is None and importlib.util.find_spec("vllm") is None:
+        fix = f"pip install vllm (the extra [vllm]), or {where}.backend=transformers"
+        raise ConfigError(f"{where}.backend", backend, "the package vllm is not installed", fix)
+    if how is None:
+        return
+    longest = getattr(cfg, cfg.stage).max_completion_length
+    if how.max_model_length is not None and how.max_model_length <= longest:
+        problem = f"leaves no room for a prompt beside {cfg.stage}.max_completion_length={longest}"
+        fix = f"{where}.max_model_length={2 * longest}"
+        raise ConfigError(f"{where}.max_model_length", how.max_model_length, problem, fix)
+    if cfg.lora.r is not None and cfg.lora.quantize is not None:
+        problem = "it is given adapters merged into the start model, which is held in 4 bits"
+        raise ConfigError(f"{where}.backend", backend, problem, f"{where}.backend=transformers, or lora.quantize=null")
+    if backend == "vllm_server":
+        gpus = cfg.slurm.gpus_per_node
+        if cfg.slurm.num_nodes > 1:
+            problem = "the server is for one node: on several, each rank has an engine of its own"
+            raise ConfigError(f"{where}.backend", backend, problem, f"{where}.backend=vllm, or slurm.num_nodes=1")
+        if gpus and how.server_gpus >= gpus:
+            problem = f"none of slurm.gpus_per_node={gpus} would be left to train"
+            fix = f"{where}.server_gpus={gpus - 1}" if gpus > 1 else f"{where}.backend=vllm"
+            raise ConfigError(f"{where}.server_gpus", how.server_gpus, problem, fix)
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

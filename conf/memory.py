@@ -23,11 +23,12 @@ together where gradients are accumulated; otherwise one goes as the other comes,
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from conf.check import LORA_STAGES, SAMPLING, ConfigError, accumulation_steps, world_size
+from conf.check import LORA_STAGES, SAMPLING, ConfigError, accumulation_steps, server_gpus, vllm_share, world_size
 from conf.schema import Config, Model
 
 GIB = 1024**3
@@ -255,9 +256,13 @@ def estimate(cfg: Config, shape: Shape) -> Estimate | None:
     width = BYTES[cfg.model.dtype]
     if cfg.stage == "eval":
         weights = width * shape.parameters
+        if vllm_share(cfg) is not None:
+            return Estimate("generation", {"weights": weights, "vLLM": _vllm_bytes(cfg)})
         new = cfg.eval.batch_size * cfg.eval.max_new_tokens
         return Estimate("generation", {"weights": weights, "KV cache": kv_cache_bytes(shape, new, width)})
     states, gradients = _states(cfg, shape, width)
+    if vllm_share(cfg) is not None and not server_gpus(cfg):
+        states["vLLM"] = _vllm_bytes(cfg)
     training = cfg.training
     rows = training.per_device_train_batch_size * (2 if cfg.stage in PAIRS else 1)
     tokens = rows * _row_tokens(cfg)
@@ -274,10 +279,15 @@ def estimate(cfg: Config, shape: Shape) -> Estimate | None:
         section = getattr(cfg, cfg.stage)
         batches = getattr(section, "steps_per_generation", None) or accumulation
         answers = training.per_device_train_batch_size * batches
-        if not getattr(section, "use_vllm", False):
+        if vllm_share(cfg) is None:
             cache = kv_cache_bytes(shape, answers * section.max_completion_length, width)
             moments.append(Estimate("generation", states | {"KV cache": cache}))
     return max(moments, key=lambda e: e.total)
+
+
+def _vllm_bytes(cfg: Config) -> int:
+    """What vLLM takes of each GPU it is on: a share of all of it, for weights, activations and KV cache together."""
+    return int((vllm_share(cfg) or 0) * (cfg.cluster.gpu_memory_gb or 0) * GIB)
 
 
 def _states(cfg: Config, shape: Shape, width: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -327,6 +337,13 @@ def check(cfg: Config, shape: Shape | None) -> None:
     limit = cfg.cluster.gpu_memory_gb
     if shape is None or limit is None or cfg.slurm.gpus_per_node == 0:
         return
+    share, weights = vllm_share(cfg), BYTES[cfg.model.dtype] * shape.parameters
+    if share is not None and weights > share * limit * GIB:
+        where = f"{cfg.stage}{'' if cfg.stage == 'eval' else '.generation'}"
+        problem = f"vLLM's share of {limit:g} GiB does not hold the weights alone, {gib(weights)}"
+        least = math.ceil(100 * weights / (ROOM * limit * GIB)) / 100
+        fix = f"{where}.gpu_memory_utilization={least:g}" if least <= 1 else f"{where}.backend=transformers"
+        raise ConfigError(f"{where}.gpu_memory_utilization", share, problem, fix)
     needed = estimate(cfg, shape)
     if needed is None or needed.total <= limit * GIB:
         return
@@ -364,7 +381,7 @@ def _alternatives(cfg: Config) -> Iterator[tuple[Config, list[str]]]:
     now = ("zero3" if cfg.parallel.strategy == "fsdp2" else cfg.parallel.strategy, cfg.parallel.offload)
     further = sharing[sharing.index(now) + 1 :] if now in sharing else [("zero3", True)]
     while nodes <= 64:
-        ranks = nodes * cfg.slurm.gpus_per_node
+        ranks = nodes * (cfg.slurm.gpus_per_node - server_gpus(cfg))
         sizes = [d for d in range(training.per_device_train_batch_size, least - 1, -1) if batch % (d * ranks) == 0]
         for strategy, offload in [(cfg.parallel.strategy, cfg.parallel.offload), *(further if ranks > 1 else [])]:
             for checkpointing in dict.fromkeys((training.gradient_checkpointing, True)):

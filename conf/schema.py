@@ -313,6 +313,21 @@ class Kto:
 
 
 @dataclass
+class Generation:
+    """Who samples the completions that are trained on."""
+
+    backend: str = key("transformers", "transformers, vllm (within each rank) or vllm_server (on GPUs of its own)")
+    gpu_memory_utilization: float | None = key(
+        None, "vllm: share of a GPU's memory it takes, above 0 to 1; null: 0.3 within ranks, 0.9 as a server"
+    )
+    max_model_length: int | None = key(None, "vllm: longest prompt and completion, tokens; null: the model's context")
+    max_logprob_difference: float = key(
+        0.1, "vllm: nats a token by which its log-probs of samples may differ from the trained model's, on average"
+    )
+    server_gpus: int = key(1, "vllm_server: GPUs of the node that are vLLM's, an engine on each; the others train")
+
+
+@dataclass
 class Grpo:
     lr: float = key(1e-6, "peak learning rate")
     reward: Reward = key(Reward(), "weights of the verifiable rewards")
@@ -328,6 +343,7 @@ class Grpo:
     scale_rewards: str = key("group", "advantages are divided by the deviation of: group, batch or none (Dr. GRPO)")
     importance_sampling_level: str = key("token", "the policy ratio is of each token, or of the sequence (GSPO)")
     mask_truncated_completions: bool = key(False, "completions that were cut off are left out of the loss (DAPO)")
+    generation: Generation = key(Generation(), "who samples the completions")
 
 
 @dataclass
@@ -344,6 +360,7 @@ class Rloo:
     epsilon_high: float | None = key(None, "the policy ratio is clipped above at 1 + this; null: epsilon")
     normalize_advantages: bool = key(False, "advantages of each generation are scaled to mean 0 and deviation 1")
     mask_truncated_completions: bool = key(False, "completions that were cut off are left out of the loss")
+    generation: Generation = key(Generation(), "who samples the completions")
 
 
 @dataclass
@@ -380,6 +397,8 @@ class Eval:
     max_new_tokens: int = key(256, "longest answer, tokens")
     batch_size: int = key(256, "prompts per generation batch")
     num_problems: int = key(512, "held-out problems or records scored")
+    backend: str = key("transformers", "who generates the answers: transformers or vllm")
+    gpu_memory_utilization: float = key(0.5, "vllm: share of the GPU's memory that it takes, above 0 to 1")
 
 
 @dataclass

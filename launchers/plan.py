@@ -113,11 +113,22 @@ def determining(frozen: Frozen) -> dict[str, Any]:
     parts = {section: frozen[section] for section in ("stage", "seed", "model", "data", "training", stage)}
     if frozen.get("lora", {}).get("r") is not None:  # configs of before it existed stay what they are
         parts["lora"] = frozen["lora"]
+    parts[stage] = _without_engine(stage, frozen[stage])
     parts["training"] = {k: v for k, v in parts["training"].items() if k != "dataloader_num_workers"}
     if "lower_lr" in frozen.get("guardrails", {}).values():  # else they change no weight
         parts["guardrails"] = frozen["guardrails"]
     shared = {key: frozen["parallel"].get(key, False) for key in ("strategy", "offload")}
     return {**parts, "parallel": shared, "inputs": inputs}
+
+
+def _without_engine(stage: str, section: dict[str, Any]) -> dict[str, Any]:
+    """A stage's section with nothing on vLLM but that it generates, where it does: how it is run changes no output."""
+    if stage == "eval":
+        dropped = {"gpu_memory_utilization"} | ({"backend"} if section.get("backend") == "transformers" else set())
+        return {k: v for k, v in section.items() if k not in dropped}
+    how = section.get("generation", {}).get("backend", "transformers")
+    rest = {k: v for k, v in section.items() if k != "generation"}
+    return rest if how == "transformers" else rest | {"generation": {"backend": how}}
 
 
 def identity(frozen: Frozen) -> str:

@@ -146,6 +146,12 @@ def find_checkpoint(run: RunDirectory, attempt: int, trainer: Trainer, stage: St
             print(f"not exact: {why}", file=sys.stderr)
             with run.writing_as(attempt):
                 ledger.append(run.ledger, "not_exact", attempt=attempt, reason=why)
+    if checkpoint and getattr(trainer, "use_vllm", False) and trainer.is_world_process_zero():
+        from post_training.generation import NOT_EXACT
+
+        print(f"not exact: {NOT_EXACT}", file=sys.stderr)
+        with run.writing_as(attempt):
+            ledger.append(run.ledger, "not_exact", attempt=attempt, reason=NOT_EXACT)
     trainer.accelerator.wait_for_everyone()
     return checkpoint
 

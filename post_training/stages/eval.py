@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from conf.schema import Reward
+from conf.schema import Eval, Reward
 from post_training import data
 from post_training.attempt import StopFlag, Watchdog
 from post_training.data.source import DataError
@@ -196,7 +197,11 @@ def judge_policy(
         problems = None
     if problems is not None:
         problems = problems.select(range(min(len(problems), limit)))
-        answers = greedy_answers(model, tokenizer, problems["prompt"], cfg.eval.max_new_tokens, cfg.eval.batch_size)
+        asked, how = problems["prompt"], cfg.eval
+        if how.backend == "vllm":
+            answers = answers_by_vllm(model, tokenizer, asked, how, pulse)
+        else:
+            answers = greedy_answers(model, tokenizer, asked, how.max_new_tokens, how.batch_size)
         right = [is_correct(text, a) for (text, _), a in zip(answers, problems["answer"], strict=True)]
         form = [has_format(text) for text, _ in answers]
         weights = Reward()
@@ -258,6 +263,40 @@ def greedy_answers(
                 ids = ids[: ids.index(tokenizer.eos_token_id)]
             found[i] = (tokenizer.decode(ids, skip_special_tokens=True), ids)
     return [found[i] for i in range(len(texts))]
+
+
+def answers_by_vllm(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Any],
+    how: Eval,
+    pulse: Callable[..., None] | None = None,
+) -> list[tuple[str, list[int]]]:
+    """As `greedy_answers`, by vLLM, which is given the model's weights. It batches as its memory allows.
+
+    pulse: called before each of its steps.
+    """
+    from post_training.vllm_engine import Engine, write_config
+
+    texts = [tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p in prompts]
+    asked = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    settings = {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "gpu_memory_utilization": how.gpu_memory_utilization,
+        "max_model_len": max(map(len, asked)) + how.max_new_tokens,
+        "max_num_seqs": how.batch_size,
+    }
+    with tempfile.TemporaryDirectory(prefix="engine-") as folder:
+        write_config(model, Path(folder))
+        engine = Engine(folder, settings)
+    engine.load((name, value.detach()) for name, value in model.named_parameters())
+    if pulse is not None:
+        engine.before_each_step(pulse)
+    eos = tokenizer.eos_token_id
+    sampling = {"temperature": 0.0, "max_tokens": how.max_new_tokens, "stop_token_ids": [eos]}
+    found, _ = engine.generate(asked, sampling, seed=0)
+    whole = [ids[: ids.index(eos)] if eos in ids else ids for ids in found]
+    return [(tokenizer.decode(ids, skip_special_tokens=True), ids) for ids in whole]
 
 
 @torch.no_grad()

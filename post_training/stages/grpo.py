@@ -11,6 +11,7 @@ from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
+from conf.check import generation
 from conf.schema import Grpo, Rloo
 from post_training import data
 from post_training.adapters import lora_config
@@ -18,6 +19,7 @@ from post_training.data.source import DataError
 from post_training.rewards.verify import reward_functions
 from post_training.stages.common import Stage, load_causal_lm, trainer_arguments
 from post_training.stages.exact import ExactResume
+from post_training.vllm_engine import vllm_usable
 
 
 class EpochSampler(RepeatSampler):
@@ -86,6 +88,13 @@ class Groups(ExactResume):
             self.meter.generated(made["completion_mask"])
         return made
 
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        """Where vLLM has just sampled: its word on the samples is compared with the trained model's, asked first."""
+        found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self.use_vllm and self.vllm_generation.sampled is not None:
+            self._metrics["train"]["generation/logprob_difference"].append(self.vllm_generation.check(found[0]))
+        return found
+
     def rank_state(self) -> dict[str, Any]:
         in_use = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
         return super().rank_state() | {
@@ -140,7 +149,7 @@ def build_trainer(stage: Stage) -> Trainer:
         reward_weights=weights,
     )
     model = load_causal_lm(cfg, stage.model_path, stage.tokenizer, trained=True)
-    return GrpoTrainer(
+    trainer = GrpoTrainer(
         model=model,
         reward_funcs=functions,
         args=args,
@@ -148,3 +157,17 @@ def build_trainer(stage: Stage) -> Trainer:
         processing_class=stage.tokenizer,
         peft_config=lora_config(stage, model),
     )
+    generate_by_vllm(stage, trainer)
+    return trainer
+
+
+def generate_by_vllm(stage: Stage, trainer: Trainer) -> None:
+    """Have vLLM sample, where the config says so. It is imported only then."""
+    how = generation(stage.cfg)
+    if how is not None and how.backend != "transformers":
+        with vllm_usable():
+            import vllm  # noqa: F401
+        from post_training.generation import VllmGeneration
+
+        trainer.vllm_generation = VllmGeneration(stage, trainer)
+        trainer.use_vllm, trainer._last_loaded_step = True, -1

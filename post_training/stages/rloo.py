@@ -9,7 +9,7 @@ from post_training import data
 from post_training.adapters import lora_config
 from post_training.rewards.verify import reward_functions
 from post_training.stages.common import Stage, load_causal_lm
-from post_training.stages.grpo import Groups, group_arguments
+from post_training.stages.grpo import Groups, generate_by_vllm, group_arguments
 
 
 class RlooTrainer(Groups, RLOOTrainer):
@@ -27,7 +27,7 @@ def build_trainer(stage: Stage) -> Trainer:
         reward_weights=weights,
     )
     model = load_causal_lm(cfg, stage.model_path, stage.tokenizer, trained=True)
-    return RlooTrainer(
+    trainer = RlooTrainer(
         model=model,
         reward_funcs=functions,
         args=args,
@@ -35,3 +35,5 @@ def build_trainer(stage: Stage) -> Trainer:
         processing_class=stage.tokenizer,
         peft_config=lora_config(stage, model),
     )
+    generate_by_vllm(stage, trainer)
+    return trainer
