@@ -116,6 +116,9 @@ def test_prepared_rows_are_those_of_the_files(records: Records) -> None:
     assert 7300 < made["sft"]["rows"] < 7473, "a question that fills max_length leaves no room for an answer"
     assert 1000 < made["rm"]["rows"] < made["dpo"]["rows"] < 2312 - 64, "rm: all of both texts must fit"
     assert all(Path(entry["folder"]).parent == records.folder / ".prepared" for entry in made.values())
+    for name in ("sft", "rm", "dpo"):
+        (report,) = json.loads(records.run(name).data_report.read_text())
+        assert report["too_long"] == report["rows"] - made[name]["rows"]
 
 
 def test_distill_takes_whole_traces_alone(records: Records) -> None:

@@ -247,6 +247,7 @@ def make(
     cfg: Config, tokenizer: PreTrainedTokenizerBase, how: Preparation, args: Any = None, num_proc: int | None = None
 ) -> Dataset:
     """Records in, rows out, by TRL's own preparation. Raises DataError where nothing is left, or trains nothing."""
+    known = len(mix.REPORTS)
     records = how.records() if how.records is not None else getattr(data.load(cfg.data), how.form)("train")
     if len(records) == 0:
         raise DataError(f"data.name={cfg.data.name}: no records are left\n  fix: other filters, or another data.path")
@@ -269,6 +270,12 @@ def make(
             f"training.max_length={cfg.training.max_length}: all {len(records)} records are longer, or have nothing to "
             "train within it\n  fix: a longer training.max_length; python -m post_training.inspect_data shows lengths"
         )
+    if len(rows) < len(records) and not getattr(args, "packing", False):  # packed rows are fewer in any case
+        count = len(records) - len(rows)
+        print(f"prepared data: {count} of {len(records)} records do not fit into training.max_length="
+              f"{cfg.training.max_length}", file=sys.stderr)  # fmt: skip
+        for report in mix.REPORTS[known:]:
+            report["too_long"] = count
     rows = rows.select_columns([name for name in COLUMNS if name in rows.column_names])
     rows.info.description = str(len(records))  # goes to disk with them
     return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -259,6 +260,21 @@ def that_fit(stage: Stage, pairs: Dataset) -> Dataset:
         return count(pair["prompt"], add_generation_prompt=True) < longest
 
     return pairs.select([number for number, pair in enumerate(pairs) if fits(pair)])
+
+
+def with_room(stage: Stage, rows: Dataset) -> Dataset:
+    """The rows to train on that fit. Says how many do not, in the data report too; DataError where none is left."""
+    from post_training.data import mix
+
+    kept = that_fit(stage, rows)
+    if len(kept) < len(rows):
+        why = f"leaves out {len(rows) - len(kept)} of {len(rows)} rows, whose prompt alone fills it"
+        if not len(kept):
+            raise DataError(f"training.max_length={stage.cfg.training.max_length}: {why}\n  fix: a longer one")
+        print(f"{stage.cfg.stage}: training.max_length {why}", file=sys.stderr)
+        report = mix.REPORTS[-1]
+        report["too_long"] = report["rows"] * (len(rows) - len(kept)) // len(rows)  # kto has two rows a pair
+    return kept
 
 
 def held_out(stage: Stage, rows: Dataset) -> Dataset | None:

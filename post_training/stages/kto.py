@@ -10,7 +10,7 @@ from trl import KTOConfig, KTOTrainer
 
 from post_training import data
 from post_training.adapters import lora_config
-from post_training.stages.common import Stage, held_out, load_causal_lm, trainer_arguments, without_dropout
+from post_training.stages.common import Stage, held_out, load_causal_lm, trainer_arguments, with_room, without_dropout
 from post_training.stages.dpo import ReferenceOnce, reference
 
 
@@ -62,13 +62,14 @@ def build_trainer(stage: Stage) -> Trainer:
     )
     args.per_device_eval_batch_size -= args.per_device_eval_batch_size % 2  # pairs stay together
     source = data.load(cfg.data)
+    rows = with_room(stage, source.unpaired("train"))
     pairs = held_out(stage, source.preferences("held_out"))
     model = without_dropout(load_causal_lm(cfg, stage.model_path, stage.tokenizer, trained=True))
     return KtoTrainer(
         model=model,
         ref_model=reference(stage, cfg.kto.precompute_ref_log_probs),
         args=args,
-        train_dataset=source.unpaired("train"),
+        train_dataset=rows,
         eval_dataset=None if pairs is None else blocks_of_pairs(pairs, args.per_device_eval_batch_size // 2),
         processing_class=stage.tokenizer,
         peft_config=lora_config(stage, model),

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-
 from transformers import Trainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from post_training import data
 from post_training.adapters import lora_config
-from post_training.data.source import DataError
-from post_training.stages.common import Stage, held_out, load_causal_lm, that_fit, trainer_arguments, without_dropout
+from post_training.stages.common import Stage, held_out, load_causal_lm, trainer_arguments, with_room, without_dropout
 from post_training.stages.exact import ExactResume
 
 
@@ -29,13 +26,7 @@ def build_trainer(stage: Stage) -> Trainer:
         max_length=cfg.training.max_length,
         remove_unused_columns=False,  # its collator picks its columns itself
     )
-    pairs = source.preferences("train")
-    rows = that_fit(stage, pairs)
-    if len(rows) < len(pairs):
-        why = f"leaves out {len(pairs) - len(rows)} of {len(pairs)} pairs, whose prompt alone fills it"
-        if not len(rows):
-            raise DataError(f"training.max_length={cfg.training.max_length}: {why}\n  fix: a longer one")
-        print(f"orpo: training.max_length {why}", file=sys.stderr)
+    rows = with_room(stage, source.preferences("train"))
     model = without_dropout(load_causal_lm(cfg, stage.model_path, stage.tokenizer, trained=True))
     return OrpoTrainer(
         model=model,
