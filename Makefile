@@ -10,7 +10,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/python -m launchers.pipeline pipeline=quickstart cluster=local
 
 test: $(VENV)/.installed-dev $(VENV)/qlora $(VENV)/vllm slurm lint types
-	$(BIN)/python -m pytest -n 3 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 	PYTHONPATH=$(VENV)/qlora $(BIN)/python -m pytest -m qlora tests/test_sft.py
 	PYTHONPATH=$(VENV)/vllm $(BIN)/python -m pytest -m vllm tests/test_vllm.py
 

@@ -94,9 +94,11 @@ AT_LEAST: dict[str, float] = {
     "grpo.generation.max_logprob_difference": 0,
     "rloo.generation.max_logprob_difference": 0,
 }
-LORA_STAGES = ("sft", "distill", "rm", "dpo", "orpo", "kto", "grpo")
+LORA_STAGES = ("sft", "distill", "rm", "ppo", "dpo", "orpo", "kto", "grpo", "rloo")
 FSDP2 = ("base", "sft", "dpo")
 """Stages that run under parallel=fsdp2."""
+COMPILED = ("base", "sft", "distill")
+"""Stages that run under training.torch_compile: their batches have few shapes, packed ones a single one."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*")
 
 
@@ -497,6 +499,12 @@ def _check_parallel(cfg: Config) -> None:
     if cfg.parallel.strategy == "fsdp2" and cfg.stage not in FSDP2:
         problem = f"{cfg.stage} has not been made to work with it"
         raise ConfigError("parallel.strategy", "fsdp2", problem, "parallel=zero3")
+    if cfg.training.torch_compile and cfg.stage not in COMPILED:
+        fix = f"give it to the stages that take it, as in {COMPILED[0]}.training.torch_compile=true"
+        raise ConfigError("training.torch_compile", "true", f"{cfg.stage} has not been made to work with it", fix)
+    if cfg.training.torch_compile and (cfg.parallel.strategy != "ddp" or cfg.lora.r is not None):
+        problem = "it was made to work with parallel.strategy=ddp and all weights trained"
+        raise ConfigError("training.torch_compile", "true", problem, "training.torch_compile=false, or parallel=ddp")
 
 
 def _check_sample(cfg: Config) -> None:
@@ -537,6 +545,9 @@ def _check_lora(cfg: Config) -> None:
     if cfg.parallel.strategy.startswith("fsdp"):
         problem = f"adapters are not written whole under parallel.strategy={cfg.parallel.strategy}"
         raise ConfigError("lora.r", lora.r, problem, "parallel=zero2 or zero3, or lora.r=null")
+    if lora.quantize is not None and cfg.stage == "ppo":
+        problem = "ppo has not been made to work with weights held in 4 bits"
+        raise ConfigError("lora.quantize", lora.quantize, problem, "lora.quantize=null")
     if lora.quantize is not None and cfg.parallel.strategy == "zero3":
         problem = "ZeRO-3 cannot share weights held in 4 bits"
         raise ConfigError("lora.quantize", lora.quantize, problem, "parallel=zero2, or lora.quantize=null")

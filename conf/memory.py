@@ -28,7 +28,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from conf.check import ConfigError, accumulation_steps, server_gpus, vllm_share, world_size
+from conf.check import (
+    LORA_STAGES,
+    SAMPLING,
+    ConfigError,
+    accumulation_steps,
+    server_gpus,
+    vllm_share,
+    world_size,
+)
 from conf.schema import Config, Model
 
 GIB = 1024**3
@@ -183,9 +191,8 @@ def head_bytes(cfg: Config, shape: Shape, rows: int, width: int) -> int:
 
 def _row_tokens(cfg: Config) -> int:
     """Tokens of the longest row. What a prompt adds to a completion is not known at submission."""
-    section = getattr(cfg, cfg.stage, None)
-    if cfg.stage in ("ppo", "grpo", "rloo") and section is not None:
-        return int(section.max_completion_length)
+    if cfg.stage in SAMPLING:
+        return int(getattr(cfg, cfg.stage).max_completion_length)
     return cfg.training.max_length
 
 
@@ -194,8 +201,7 @@ def _row_tokens(cfg: Config) -> int:
 
 def _lora_rank(cfg: Config) -> int | None:
     """Rank of LoRA adapters where the stage trains those alone."""
-    lora: Any = getattr(cfg, "lora", None)
-    return lora.r if lora is not None and cfg.stage not in ("base", "ppo", "eval") else None
+    return cfg.lora.r if cfg.stage in LORA_STAGES else None
 
 
 def trained_parameters(cfg: Config, shape: Shape) -> int:
@@ -209,16 +215,18 @@ def trained_parameters(cfg: Config, shape: Shape) -> int:
 
 
 def frozen_models(cfg: Config) -> list[str]:
-    """Models beside the trained one: reference and reward model. LoRA's reference is the model without adapters."""
-    section: Any = getattr(cfg, cfg.stage, None)
-    lora = _lora_rank(cfg) is not None
-    held = []
-    if cfg.stage in ("dpo", "kto", "ppo"):
-        held = [] if lora or getattr(section, "precompute_ref_log_probs", False) else ["reference model"]
-    elif cfg.stage in ("grpo", "rloo"):
-        held = ["reference model"] if getattr(section, "beta", 0) and not lora else []
-    elif cfg.stage == "sft":
-        held = ["reference model"] if getattr(section, "kl_coef", 0) and not lora else []
+    """Models beside the trained one: reference and reward model. LoRA's reference is the model without adapters.
+
+    ppo.value_init=rm alone counts for nothing: that reward model lends its head and never gets to the GPU.
+    """
+    section: Any = getattr(cfg, cfg.stage)
+    compared = (
+        cfg.stage == "ppo"
+        or (cfg.stage in ("dpo", "kto") and not section.precompute_ref_log_probs)
+        or (cfg.stage in ("grpo", "rloo") and section.beta != 0)
+        or (cfg.stage in ("sft", "distill") and section.kl_coef != 0)
+    )
+    held = ["reference model"] if compared and _lora_rank(cfg) is None else []
     if cfg.stage == "ppo" and cfg.ppo.reward_model_weight:
         held.append("reward model")
     return held
@@ -275,7 +283,7 @@ def estimate(cfg: Config, shape: Shape) -> Estimate | None:
     moments = [Estimate("the optimizer step", states | gradients)]
     accumulation = accumulation_steps(cfg)
     moments.append(Estimate("the backward pass", backward | (gradients if accumulation > 1 else {})))
-    if cfg.stage in ("ppo", "grpo", "rloo"):
+    if cfg.stage in SAMPLING:
         section = getattr(cfg, cfg.stage)
         batches = getattr(section, "steps_per_generation", None) or accumulation
         answers = training.per_device_train_batch_size * batches
@@ -296,7 +304,7 @@ def _states(cfg: Config, shape: Shape, width: int) -> tuple[dict[str, int], dict
     trained = trained_parameters(cfg, shape)
     adapters = _lora_rank(cfg) is not None
     frozen = shape.parameters if adapters else 0  # of the trained model
-    frozen_width = 0.5 if adapters and getattr(cfg.lora, "quantize", None) else width  # type: ignore[attr-defined]
+    frozen_width = 0.5 if adapters and cfg.lora.quantize else width
     others = dict.fromkeys(frozen_models(cfg), width * shape.parameters)
     layer = width * max(shape.layer_parameters, shape.embedding_parameters)
     if strategy == "ddp":
@@ -361,7 +369,7 @@ def what_fits(cfg: Config, shape: Shape, limit: float) -> str:
         if found is not None and found.total <= ROOM * limit * GIB:
             return " ".join(overrides)
     return "a smaller model, or a shorter training.max_length" + (
-        "" if _lora_rank(cfg) or not hasattr(cfg, "lora") else ", or LoRA: lora.r=16"
+        "" if _lora_rank(cfg) or cfg.stage not in LORA_STAGES else ", or LoRA: lora.r=16"
     )
 
 

@@ -122,6 +122,7 @@ class Training:
     adam_beta2: float = key(0.999, "AdamW decay of squared gradients")
     max_grad_norm: float = key(1.0, "gradient norm is clipped to this")
     gradient_checkpointing: bool = key(False, "recompute activations in the backward pass to save memory")
+    torch_compile: bool = key(False, "base, sft, distill: the model is compiled, which takes the first step minutes")
     dataloader_num_workers: int = key(0, "processes that prepare batches, on each rank; 0: the trainer itself")
 
 
@@ -445,7 +446,7 @@ class Config:
     checkpointing: Checkpointing = key(Checkpointing(), "what is saved, and when")
     slurm: Slurm = key(Slurm(), "what each job asks for; under cluster=local wall time, signal and CPUs hold too")
     cluster: Cluster = key(Cluster(), "where jobs run")
-    lora: Lora = key(Lora(), "adapters instead of all weights: sft, distill, rm, dpo, orpo, kto and grpo")
+    lora: Lora = key(Lora(), "adapters instead of all weights; not for base")
     parallel: Parallel = key(Parallel(), "how ranks share the work")
     logging: Logging = key(Logging(), "what is logged, and where to")
     paths: Paths = key(Paths(), "folders")

@@ -151,8 +151,11 @@ def show(folder: Path) -> None:
             f"no stage of {folder} has been judged yet", "wait for an eval stage: python -m launchers.status"
         )
     console = Console(highlight=False, soft_wrap=True)
-    console.width = max(console.width, 90)  # the table's own: also where the output is a file
-    console.print(table(stages), markup=False)
+    shown = table(stages)
+    # all of it, also where the output is a file or a narrow terminal: a score cut short is none
+    unlimited = console.options.update(max_width=1000)
+    console.width = max(console.width, console.measure(shown, options=unlimited).maximum)
+    console.print(shown, markup=False)
     console.print("~ : within the error bars of its parent", markup=False)
     for stage in stages:
         if (line := of_reward_model(stage)) is not None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import pickle
 import re
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,10 +29,10 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.config_store import ConfigStore
 from hydra.core.default_element import ResultDefault
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
 from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.check import ConfigError, nearest
@@ -240,14 +241,19 @@ def stage_overrides(
 
 
 class _Loader(ConfigLoaderImpl):
-    """Hydra's composition without Hydra's own config in it, reading each file once for all configs of a command.
+    """Hydra's composition without Hydra's own config in it, with what configs of one command share done once.
 
-    A pipeline composes a config for each of its stages: this way it takes a third of the time.
+    A pipeline composes a config for each of its stages. They share the files, and what is merged before the stage's
+    own file: this way a config takes a tenth of the time.
     """
 
     @cached_property
     def _cached(self) -> CachingConfigRepository:
         return CachingConfigRepository(self.repository)
+
+    @cached_property
+    def _merged(self) -> dict[tuple[str, ...], bytes]:
+        return {}  # what comes before a stage's file, by its files; pickled, since deepcopy takes six times as long
 
     def compose(self, overrides: list[str]) -> DictConfig:
         parsed = OverridesParser.create().parse_overrides(overrides=overrides)
@@ -258,6 +264,22 @@ class _Loader(ConfigLoaderImpl):
         cfg = self._compose_config_from_defaults_list(defaults=wanted.defaults, repo=self._cached)
         OmegaConf.set_struct(cfg, True)
         self._apply_overrides_to_config(wanted.config_overrides, cfg)
+        return cfg
+
+    def _compose_config_from_defaults_list(self, defaults: list[ResultDefault], repo: IConfigRepository) -> DictConfig:
+        paths = tuple(str(default.config_path) for default in defaults)
+        shared = next((i for i, path in enumerate(paths) if path.startswith("stage/")), len(paths))
+        key = paths[:shared]
+        if key not in self._merged:
+            self._merged[key] = pickle.dumps(super()._compose_config_from_defaults_list(defaults[:shared], repo))
+        cfg = cast(DictConfig, pickle.loads(self._merged[key]))
+        with flag_override(cfg, "no_deepcopy_set_nodes", True):
+            for default in defaults[shared:]:
+                try:
+                    cfg.merge_with(self._load_single_config(default, repo).config)
+                except OmegaConfBaseException as error:  # in Hydra's words, which `translate` reads
+                    text = f"In '{default.config_path}': {type(error).__name__} raised while composing config:\n{error}"
+                    raise ConfigCompositionException(text) from error
         return cfg
 
     def _load_single_config(self, default: ResultDefault, repo: IConfigRepository) -> ConfigResult:

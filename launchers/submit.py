@@ -24,7 +24,7 @@ from launchers.preflight import check_cluster, check_leads
 from launchers.render import job_script
 from launchers.selection import Selection, select
 from post_training.run import ledger, life
-from post_training.run.directory import RunDirectory, fsync_directory, write_atomic
+from post_training.run.directory import RunDirectory, fsync_path, write_atomic
 from post_training.run.history import History, summarise
 
 USAGE = """
@@ -250,7 +250,7 @@ def set_aside(run: RunDirectory) -> Path | None:
     for path in made:
         path.rename(folder / path.name)
     run.create()
-    fsync_directory(run.root)
+    fsync_path(run.root)
     ledger.append(run.ledger, "restarted", folder=folder.name)
     return folder
 

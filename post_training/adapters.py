@@ -18,7 +18,7 @@ from conf.schema import Config
 from post_training.data.source import DataError
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
     from post_training.stages.common import Stage
@@ -131,14 +131,17 @@ def save_merged(trainer: Trainer, folder: Path) -> None:
     """
     trainer.save_model(str(folder / FOLDER))
     trainer.accelerator.wait_for_everyone()
-    if not trainer.is_world_process_zero():
-        return
+    if trainer.is_world_process_zero():
+        merge_own(trainer.accelerator.unwrap_model(trainer.model), folder, trainer.processing_class)
+
+
+def merge_own(trained: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the start model of `trained` into `folder`, with the adapter merged that lies in its `adapter/`."""
     for name in ("training_args.bin", "README.md"):
         (folder / FOLDER / name).unlink(missing_ok=True)
-    trained = trainer.accelerator.unwrap_model(trainer.model)
-    task = trained.peft_config["default"].task_type
-    path = trained.peft_config["default"].base_model_name_or_path
-    merge(path, folder / FOLDER, folder, dtype=trained.dtype, tokenizer=trainer.processing_class, task=task)
+    about: Any = trained.peft_config["default"]
+    path, task = about.base_model_name_or_path, about.task_type
+    merge(path, folder / FOLDER, folder, dtype=trained.dtype, tokenizer=tokenizer, task=task)
 
 
 def merge(

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from post_training.run import manifest
-from post_training.run.directory import RunDirectory, fsync_directory
+from post_training.run.directory import RunDirectory, fsync_path
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -59,7 +59,7 @@ def install(staged: Path, target: Path) -> None:
         shutil.rmtree(old)
     else:
         staged.rename(target)
-    fsync_directory(target.parent)
+    fsync_path(target.parent)
 
 
 def rotate(run: RunDirectory, limit: int) -> None:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def train(run: RunDirectory, attempt: int, progress: Progress, watchdog: Watchdog) -> int:
     """Train until done or asked to stop; returns the exit code."""
     from post_training.attempt import AttemptCallback, StopFlag, save_for_inference
-    from post_training.data import reports_as_json
+    from post_training.data import DataError, reports_as_json
     from post_training.guardrails import Guard
     from post_training.stages.common import finish, open_stage, steps_for_tokens, token_counts
     from post_training.tracking import callbacks
@@ -43,6 +43,12 @@ def train(run: RunDirectory, attempt: int, progress: Progress, watchdog: Watchdo
     stop_flag = StopFlag()
     stage = open_stage(run)
     trainer: Trainer = importlib.import_module(f"post_training.stages.{stage.cfg.stage}").build_trainer(stage)
+    if not len(trainer.train_dataset):  # prepared rows are never empty; the others TRL has tokenised and cut by now
+        raise DataError(
+            f"data.name={stage.cfg.data.name}, data.path={stage.cfg.data.path or 'null'}: nothing is left to train "
+            f"within training.max_length={stage.cfg.training.max_length}\n"
+            "  fix: a longer training.max_length; python -m post_training.inspect_data shows lengths"
+        )
     if (report := reports_as_json()) is not None and trainer.is_world_process_zero():
         with run.writing_as(attempt):
             write_atomic(run.data_report, report)
@@ -91,7 +97,7 @@ def judge(trainer: Trainer, follower: AttemptCallback, progress: Progress) -> di
     """
     from post_training.attempt import CutShort
 
-    if trainer.eval_dataset is None:
+    if not trainer.eval_dataset:
         return {}
     progress.enter("evaluation")
     follower.judging = True

@@ -2,11 +2,25 @@
 
 import signal
 
+import pytest
+
 from tests.slurm_fixture import devcluster
+
+LONG = (
+    "test_drill", "test_exact", "test_pipelines", "test_records", "test_failures", "test_pipeline", "test_train",
+    "test_local", "test_outages",
+)  # fmt: skip
+"""Files that take minutes. They are handed out first, so that no worker is left alone with one at the end."""
 
 # Whoever starts tests in the background (nohup, a CI) hands down ignored signals; tests send real ones to programs
 # that must get them. Handlers are not inherited, so the programs start with the default.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))
+
 
 __all__ = ["devcluster"]

@@ -41,6 +41,10 @@ class ForkedProcess:
         self.pid, self._pidfd = int(message), fds[0]
         self.returncode: int | None = None
 
+    def fileno(self) -> int:
+        """What select may wait for: readable once it has ended."""
+        return self._channel.fileno()
+
     def poll(self) -> int | None:
         """Exit status (minus the signal's number where one ended it), or None while it runs."""
         try:

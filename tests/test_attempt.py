@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from post_training import resume
@@ -165,6 +166,21 @@ def test_saves_by_the_clock(tmp_path: Path, start: Path, every: list[str], saved
     assert {e["step"] for e in events(run, "checkpoint_saved")} >= saved
     if len(saved) == 1:
         assert len(events(run, "checkpoint_saved")) == 1
+
+
+def test_a_stop_outlives_what_sigterm_does_to_dataloader_workers(tmp_path: Path, start: Path) -> None:
+    given = ("training.dataloader_num_workers=2", "training.max_steps=5", "checkpointing.save_steps=500")
+    run = hold(make_run(tmp_path, "sft", *given, model=start))
+    attempt = Attempt(run)
+
+    def preempt() -> None:
+        assert len(psutil.Process(attempt.processes[0].pid).children()) == 2
+        attempt.terminate()
+
+    attempt.stop_at(2, preempt)
+    attempt.finish(life.STOPPED)
+    assert [e["step"] for e in events(run, "stopped")] == [3]  # the step that it was asked in was done
+    assert resume.newest_complete(run)[0] == run.checkpoints / "checkpoint-3"
 
 
 def test_an_evaluation_leaves_when_it_is_asked_to(tmp_path: Path, start: Path) -> None:

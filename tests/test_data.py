@@ -26,18 +26,10 @@ from post_training.data.source import DataError, Source
 from post_training.data.templates import ASSISTANT, END, SYSTEM, TAGS, USER
 from post_training.data.tokenizer import PAD, bytes_tokenizer, load_tokenizer
 from post_training.rewards.verify import has_format, is_correct, number, parse_answer
+from tests.in_process import own_cache  # noqa: F401  (a fixture)
 from tests.training import real_data
 
 FORMS = ("documents", "demonstrations", "preferences", "problems")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What `datasets` caches stays out of the user's home."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    yield
-    patch.undo()
 
 
 def small(**changes: Any) -> Data:
@@ -271,7 +263,7 @@ def test_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models
 
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}))).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"model\.tokenizer=.*no end-of-text token"):
+    with pytest.raises(DataError, match=r"no end-of-text token\n  fix: .*/tokenizer_config\.json"):
         load_tokenizer(Model(), str(tmp_path))
 
 

@@ -18,17 +18,9 @@ from conf.schema import Dataset as Part
 from post_training import data
 from post_training.data import mix, quality
 from post_training.data.source import DataError, Samples, Source, Split, assistant, features, user
+from tests.in_process import own_cache  # noqa: F401  (a fixture)
 from tests.records import PUBLISHED, write
 from tests.training import Attempt, hold, make_run, weights
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What `datasets` caches stays out of the user's home."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    yield
-    patch.undo()
 
 
 class Texts(Source):

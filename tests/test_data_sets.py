@@ -25,19 +25,10 @@ from post_training import data
 from post_training.data import mix, transforms
 from post_training.data.source import DataError, Source, assistant, system, user
 from post_training.stages.common import load_config
+from tests.in_process import own_cache  # noqa: F401  (a fixture)
 from tests.records import PUBLISHED, SYSTEM
 from tests.records import write as write_records
 from tests.training import ROOT, real_data
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What `datasets` caches stays out of the user's home."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    yield
-    patch.undo()
-
 
 # ------------------------------------------------------------------------------------------- the registry
 

@@ -42,8 +42,8 @@ class Row:
 
 ROWS = (
     Row("base", "base", ("data.num_documents=24",)),
-    Row("base, wrapped, own tokenizer", "base", ("data.num_documents=64", "base.packing=wrapped",
-        "model.tokenizer=train", "model.vocab_size=300"), columns=("1 rank",)),
+    Row("base, wrapped, own tokenizer, compiled", "base", ("data.num_documents=64", "base.packing=wrapped",
+        "model.tokenizer=train", "model.vocab_size=300", "training.torch_compile=true"), columns=("1 rank",)),
     Row("sft", "sft", ("data.num_demonstrations=24",)),
     Row("sft, packed", "sft", ("data.num_demonstrations=50", "sft.packing=true")),  # a pass ends with half a step
     Row("sft, LoRA", "sft", ("data.num_demonstrations=24", "lora.r=4", "lora.dropout=0.1", "sft.lr=1e-2"),
@@ -56,6 +56,8 @@ ROWS = (
     Row("kto, reference asked once", "kto", ("data.num_pairs=12", "kto.precompute_ref_log_probs=true"), dropout=False),
     Row("ppo, two passes a rollout", "ppo", ("data.num_prompts=20", "ppo.num_ppo_epochs=2", "ppo.value_init=rm"),
         sampled=True),
+    Row("ppo, LoRA", "ppo", ("data.num_prompts=20", "ppo.num_ppo_epochs=2", "lora.r=4", "lora.dropout=0.1",
+        "ppo.lr=1e-2"), sampled=True, columns=("1 rank", "ZeRO-3, 2 ranks")),
     Row("grpo", "grpo", ("data.num_prompts=6",), sampled=True),
     Row("grpo, num_iterations=2", "grpo", ("data.num_prompts=4", "grpo.num_iterations=2", "grpo.beta=0.1"),
         sampled=True),

@@ -129,9 +129,10 @@ class SlurmRun:
         return int(wait_for(f"rank {rank} of attempt {attempt}", lambda: path.exists() and path.read_text(), 60))
 
     def shell(self) -> int:
-        """The pid of the job script."""
-        argv = f"job{int(self.job_id):05d}/slurm_script"
-        return next(p.pid for p in psutil.process_iter() if any(argv in a for a in _argv(p)))
+        """The pid of the job script. Its subshells have its command line, other clusters jobs of its number."""
+        argv = f"{self.cluster.dir}/spool/", f"job{int(self.job_id):05d}/slurm_script"
+        found = [p for p in psutil.process_iter() if any(all(part in a for part in argv) for a in _argv(p))]
+        return min(found, key=lambda process: process.create_time()).pid
 
     def ends(self, count: int = 1, timeout: float = 90) -> list[dict[str, Any]]:
         """The ends of the first attempts, once there are so many."""

@@ -697,7 +697,7 @@ def test_two_ranks_sample_apart_step_together_and_resume_exactly(tmp_path):
     for rank in range(2):
         ranked = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         with (tmp_path / f"out{rank}").open("wb") as output:
-            ranks.append(server(zero=False).start("tests.ppo_ranks", [str(tmp_path)], ranked, tmp_path, output))
+            ranks.append(server(compiler=False).start("tests.ppo_ranks", [str(tmp_path)], ranked, tmp_path, output))
     try:
         codes = [rank.wait(timeout=DEADLINE) for rank in ranks]
     finally:

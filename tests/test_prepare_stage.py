@@ -16,13 +16,15 @@ from launchers.compose import rewrite
 from launchers.plan import Plan, make_plan
 from launchers.selection import select
 from post_training import train
-from post_training.data import prepared
+from post_training.data import assistant, mix, prepared, user
 from post_training.data.prepared import folder_of, preparation_of
-from post_training.data.tokenizer import load_tokenizer
+from post_training.data.tokenizer import bytes_tokenizer, load_tokenizer
 from post_training.run import ledger, life, manifest
 from post_training.run.directory import RunDirectory
-from post_training.stages.common import load_config
-from tests.training import TINY
+from post_training.stages.common import build_model, load_config
+from tests.in_process import here  # noqa: F401  (a fixture)
+from tests.records import write
+from tests.training import TINY, make_config, make_run
 
 PREPARED = ("base", "sft", "rm", "dpo")
 
@@ -80,6 +82,34 @@ def test_stages_find_what_was_prepared(overrides: tuple[str, ...], tmp_path: Pat
         assert report[name] == {"folder": str(folder), "rows": len(prepared.load(folder, hashes=True)[0] or [])}, name
         tokenizer.save_pretrained(tmp_path / f"tokenizer-{name}")
         start = str(tmp_path / f"tokenizer-{name}")
+
+
+@pytest.mark.usefixtures("here")
+def test_what_became_of_the_records_is_told_by_both_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The preparing one and the one that finds its rows prepared, as by one that prepares for itself."""
+    cfg, start = load_config(make_config("base")), tmp_path / "start"
+    build_model(cfg, bytes_tokenizer()).save_pretrained(start)
+    bytes_tokenizer().save_pretrained(start)
+    same = [{"messages": [user(f"{i // 2}?"), assistant("yes")]} for i in range(40)]
+    path = write(tmp_path / "twice.jsonl", same)
+    records = ("data.name=custom", f"data.path={path}", "data.quality.dedup=exact", "data.held_out=2")
+    wanted = [f"sft.{override}" for override in records]
+    told = []
+    for name in ("prepare", "after it", "by itself"):
+        monkeypatch.setattr(mix, "REPORTS", [])  # each is a process of its own
+        if name == "prepare":
+            run = begin(plan(tmp_path / "both", "training.max_steps=1", "prepare.stages=[sft]", *wanted).stages[name])
+        else:
+            base = tmp_path / ("both" if name == "after it" else "alone")
+            run = make_run(base / name, "sft", "training.max_steps=1", *records, model=start)
+        assert train.run_attempt(run, 1) == 0
+        assert ("rows from" in capsys.readouterr().err) == (name == "after it")
+        told.append(json.loads(run.data_report.read_text()))
+    assert told[0] == told[1] == told[2]
+    ((source,),) = (report["sources"] for report in told[0])
+    assert source["records"] == 38 and sum(source["dropped"].values()) >= 18
 
 
 def test_it_asks_for_no_gpu(tmp_path: Path) -> None:

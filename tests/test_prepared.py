@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 from datasets import Dataset
 
@@ -19,9 +18,10 @@ from conf.schema import Config
 from post_training import data
 from post_training.data import prepared
 from post_training.data.prepared import digest, fingerprint, folder_of, kept, preparation_of, recipe
-from post_training.data.source import DataError, Source
+from post_training.data.source import DataError, Samples, Source, Split
 from post_training.data.tokenizer import bytes_tokenizer, load_tokenizer
 from post_training.stages.common import build_model, load_config
+from tests.in_process import own_cache  # noqa: F401  (a fixture)
 from tests.training import make_config
 
 CASES = {
@@ -33,15 +33,6 @@ CASES = {
     "rm, left out": ("rm", "training.max_length=28"),
     "dpo": ("dpo",),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What `datasets` caches stays out of the user's home."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    yield
-    patch.undo()
 
 
 def config(stage: str, *overrides: str) -> Config:
@@ -257,8 +248,8 @@ class Given(Source):
     def __init__(self, talks: list[list[dict[str, str]]]) -> None:
         self.talks = talks
 
-    def demonstrations(self, split: str) -> Dataset:
-        return Dataset.from_dict({"messages": self.talks})
+    def samples(self, view: str, split: Split) -> Samples:
+        return Samples(Dataset.from_dict({"messages": self.talks}), [None] * len(self.talks), len(self.talks))
 
 
 def turn(role: str, text: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ import hashlib
 import importlib
 import json
 import math
-import signal
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import Trainer
 
 from conf.check import ConfigError
@@ -29,21 +30,15 @@ from post_training import train
 from post_training.run.directory import RunDirectory
 from post_training.stages import common
 from post_training.stages.grpo import group_figures
+from tests.in_process import training_here
+from tests.records import write as write_records
 from tests.training import make_run, metrics
 
 
 @pytest.fixture(scope="module", autouse=True)
 def here() -> Iterator[None]:
-    """Training inside the test's own process, whose signal handler, environment and threads come back after."""
-    handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("TENSORBOARD_LOGGING_DIR", "ACCELERATE_TORCH_DEVICE"):
-            patch.setenv(name, "")
-            patch.delenv(name)
+    with training_here():
         yield
-    torch.set_num_threads(threads)
-    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +256,34 @@ def test_the_reward_model_may_lend_its_head_alone(tmp_path: Path, start: Path, s
     assert plain.model.value_head.weight.abs().sum() == 0
 
 
+def test_under_adapters_ppos_reference_is_the_policy_without_them(tmp_path: Path, start: Path) -> None:
+    """It holds no second model, asks without dropout, and a checkpoint holds what is trained alone."""
+    run = make_run(tmp_path, "ppo", *SHORT, "lora.r=4", "lora.dropout=0.5", model=start)
+    trainer: Any = trainer_of(run)
+    assert trainer.ref_model is None
+    rows = [trainer.train_dataset[i] for i in range(4)]
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+        made = trainer._make_rollout(rows)
+        given = made["input_ids"], made["attention_mask"], made["mask"].shape[1]
+        trainer.model.eval()
+        (asked,) = trainer._evaluate_reference(*given)
+        policy = trainer._evaluate_policy(*given)[0]
+        trainer.ref_model = common.load_causal_lm(common.load_config(run.read_config()), str(start), trainer.tokenizer)
+        (expected,) = trainer._evaluate_reference(*given)
+    torch.testing.assert_close(asked, expected)
+    assert (policy - expected).abs().max() > 0.1
+    trainer.save_model(str(tmp_path / "saved"))
+    kept = load_file(tmp_path / "saved" / "model.safetensors")
+    assert all("lora_" in name or name.startswith("value_head.") for name in kept) and len(kept) == 2 * 7 + 2
+
+    another = shutil.copytree(start, tmp_path / "another")
+    other: Any = trainer_of(make_run(tmp_path, "ppo", *SHORT, "lora.r=4", name="o", model=start, reference=another))
+    assert other.ref_model is not None
+
+
 # ------------------------------------------------------------------------------ dpo, kto, orpo, rm: preferences
 
 
@@ -349,6 +372,35 @@ def test_held_out_pairs_are_judged_at_the_end(
     assert figures["rewards/margins"] == pytest.approx(sum(margins) / 8, rel=1e-3, abs=1e-4)
     assert figures["rewards/accuracies"] == pytest.approx(sum(m > 0 for m in margins) / 8)
     assert sum(margins) > 0, "it learned something"
+
+
+@pytest.mark.parametrize("stage", ["rm", "dpo", "orpo", "kto"])
+def test_pairs_whose_prompt_leaves_no_room_are_left_out(
+    tmp_path: Path, start: Path, stage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No answer of theirs could be compared; and kto's held-out pairs are still judged as pairs."""
+
+    def pairs(count: int, long: int) -> str:
+        rows = [{"prompt": f"{'long ' * 20 if i % long == 1 else 'short'} {i}", "chosen": f"a{i}", "rejected": f"b{i}"}
+                for i in range(count)]  # fmt: skip
+        return write_records(tmp_path / f"{count}.jsonl", rows)
+
+    options = ["data.name=custom", f"data.path={pairs(24, 3)}", f"data.eval_path={pairs(16, 3)}", "eval.num_problems=9"]
+    run = make_run(tmp_path, stage, *options, "training.max_steps=4", model=start)
+    assert train.run_attempt(run, 1) == 0
+    losses = [line["loss"] for line in logged(run)]
+    assert len(losses) == 4 and all(map(math.isfinite, losses))
+    assert ("orpo: training.max_length leaves out 8 of 24 pairs" in capsys.readouterr().err) == (stage == "orpo")
+    trainer = trainer_of(run)
+    assert len(trainer.train_dataset) == (32 if stage == "kto" else 16)
+    assert json.loads(run.held_out.read_text())["rows"] == len(trainer.eval_dataset) == (16 if stage == "kto" else 8)
+    if stage == "kto":
+        prompts = [trainer.processing_class.decode(ids) for ids in trainer.eval_dataset["prompt_ids"]]
+        assert all(prompts[i : i + 2] == prompts[i + 2 : i + 4] for i in range(0, 16, 4))
+    if stage == "orpo":
+        none = make_run(tmp_path, stage, *options, "training.max_length=4", name="none", model=start)
+        assert train.run_attempt(none, 1) == 2
+        assert "training.max_length=4: leaves out 24 of 24 pairs" in capsys.readouterr().err
 
 
 def test_the_reference_s_word_is_kept_for_later_attempts(tmp_path: Path, start: Path, scorer: Path) -> None:

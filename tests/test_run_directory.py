@@ -137,12 +137,16 @@ JUNK = st.one_of(
     st.text(),
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-        lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["event", "time", "step", "x"]), inner),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(st.sampled_from(["event", "time", "step", "x"]), inner, max_size=4)
+        ),
+        max_leaves=8,
     ).map(json.dumps),
 )
 
 
-@given(before=st.lists(JUNK), after=st.lists(JUNK))
+@given(before=st.lists(JUNK, max_size=3), after=st.lists(JUNK, max_size=3))
 def test_parse_finds_events_among_junk(before: list[str], after: list[str]) -> None:
     event = {"time": 1.5, "event": "checkpoint_saved", "step": 3, "version": 1}
     found = ledger.parse("\n".join([*before, json.dumps(event), *after]))
@@ -208,6 +212,25 @@ def test_manifest_of_a_whole_folder(tmp_path: Path) -> None:
     assert manifest.problem(folder) is None and manifest.problem(folder, hashes=True) is None
     manifest.write(folder)  # it is no part of itself
     assert set(manifest.read(folder)["files"]) == {"model.safetensors", "sub/x"}
+
+
+def test_all_is_on_the_disk_before_the_manifest_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "checkpoint-7"
+    (folder / "parts").mkdir(parents=True)
+    for name in ("model.safetensors", "parts/rank-0.pt"):
+        (folder / name).write_text("weights")
+    durable: list[str] = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        assert not (folder / manifest.NAME).exists()
+        durable.append(os.path.relpath(Path(f"/proc/self/fd/{descriptor}").readlink(), folder))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr("post_training.run.manifest.write_atomic", lambda path, text: path.write_text(text))
+    manifest.write(folder)
+    assert sorted(durable) == [".", "model.safetensors", "parts", "parts/rank-0.pt"]
 
 
 def test_manifest_finds_what_is_wrong(tmp_path: Path) -> None:

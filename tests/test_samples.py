@@ -26,7 +26,7 @@ from post_training.run.life import STOPPED
 from post_training.stages import common, distill
 from post_training.stages.sample import best, read_samples
 from post_training.stages.sample import select as select_samples
-from tests.test_train import here  # noqa: F401  (a fixture)
+from tests.in_process import here  # noqa: F401  (a fixture)
 from tests.training import events, make_run, metrics, weights
 
 # ------------------------------------------------------------------------------------------------------ steps

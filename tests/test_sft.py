@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +13,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conf.check import ConfigError, check_run
+from conf.check import LORA_STAGES, ConfigError, check_run
 from post_training import data, train
 from post_training.adapters import new_tokens
 from post_training.run import manifest
 from post_training.run.directory import RunDirectory
 from post_training.run.life import STOPPED
 from post_training.stages import common
-from tests.test_train import here  # noqa: F401  (a fixture)
+from tests.in_process import here, refused  # noqa: F401  (a fixture)
 from tests.training import ROOT, events, make_config, make_run, metrics, real_data, weights
 
 pytestmark = pytest.mark.usefixtures("here")
 LORA = ("lora.r=4", "lora.alpha=8", "training.warmup_steps=0", "sft.lr=1e-2", "dpo.lr=1e-2", "rm.lr=1e-2",
-        "orpo.lr=1e-2", "kto.lr=1e-2", "grpo.lr=1e-2")  # fmt: skip
+        "orpo.lr=1e-2", "kto.lr=1e-2", "grpo.lr=1e-2", "rloo.lr=1e-2", "ppo.lr=1e-2")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -46,23 +48,12 @@ def trained(folder: Path, name: str, *overrides: str, stage: str = "sft", **inpu
 
 
 def trainer_of(folder: Path, name: str, start: Path, *overrides: str, stage: str = "sft") -> Any:
-    import importlib
-
     run = make_run(folder, stage, "training.max_steps=2", *overrides, name=name, model=start)
     return importlib.import_module(f"post_training.stages.{stage}").build_trainer(common.open_stage(run))
 
 
 def losses(run: RunDirectory) -> list[float]:
     return [line["loss"] for line in metrics(run) if "loss" in line]
-
-
-def refused(capsys: pytest.CaptureFixture[str], run: RunDirectory) -> str:
-    """What a run that ends with status 2 says; nothing half-made is left."""
-    assert train.run_attempt(run, 1) == 2
-    assert not run.model.exists() and not list(run.root.glob("model.partial*"))
-    said = capsys.readouterr().err
-    assert "error: " in said and "fix: " in said and "Traceback" not in said
-    return said
 
 
 # ---------------------------------------------------------------------------------------------------- losses
@@ -240,7 +231,7 @@ def merged_by_hand(start: Path, adapter: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-@pytest.mark.parametrize("stage", ["sft", "distill", "rm", "dpo", "orpo", "kto", "grpo"])
+@pytest.mark.parametrize("stage", LORA_STAGES)
 def test_adapters_are_trained_and_a_plain_model_is_handed_on(folder: Path, start: Path, stage: str) -> None:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -262,6 +253,32 @@ def test_adapters_are_trained_and_a_plain_model_is_handed_on(folder: Path, start
         assert torch.equal(ours["score.weight"], head)
     kept = {p.suffix for p in (run.model / "adapter").iterdir()}
     assert not kept & {".bin", ".pt", ".md"}
+
+
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
+def test_under_adapters_the_reference_is_the_model_without_them(folder: Path, start: Path, stage: str) -> None:
+    """No second model is held, and what the reference says is what the start model says. Another one is loaded."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    from post_training.stages.dpo import reference
+
+    trainer = trainer_of(folder, f"reference-{stage}", start, *LORA, stage=stage)
+    assert trainer.ref_model is None
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    asked = trainer.compute_ref_log_probs(trainer.model, batch)
+    trainer.ref_model = common.load_causal_lm(
+        trainer_config(folder, f"reference-{stage}"), str(start), trainer.processing_class
+    )
+    add_fused_lm_head(trainer.ref_model)
+    for ours, theirs in zip(asked, trainer.compute_ref_log_probs(trainer.ref_model, batch), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    another = shutil.copytree(start, folder / f"another-{stage}")
+    run = make_run(folder, stage, *LORA, "training.max_steps=1", name=f"to-{stage}", model=start, reference=another)
+    assert reference(common.open_stage(run), precomputed=False) is not None
 
 
 def test_inference_checkpoints_under_adapters_are_plain_and_change_nothing(folder: Path, start: Path) -> None:
@@ -382,7 +399,7 @@ def test_layers_that_are_not_there(folder: Path, start: Path, capsys: pytest.Cap
     ("stage", "overrides", "key"),
     [
         ("base", ["lora.r=4"], "lora.r"),
-        ("ppo", ["lora.r=4"], "lora.r"),
+        ("ppo", ["lora.r=4", "lora.quantize=nf4"], "lora.quantize"),
         ("sft", ["lora.r=0"], "lora.r"),
         ("sft", ["lora.quantize=nf4"], "lora.quantize"),
         ("sft", ["lora.r=4", "lora.quantize=int8"], "lora.quantize"),

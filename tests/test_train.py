@@ -24,6 +24,7 @@ from post_training.run.directory import RunDirectory
 from post_training.run.history import summarise
 from post_training.run.life import STOPPED
 from post_training.stages import common
+from tests.in_process import here  # noqa: F401  (a fixture)
 from tests.training import Attempt, events, hold, make_config, make_run, metrics, weights
 
 STEPS = 8
@@ -299,19 +300,6 @@ def test_two_ranks_learn_from_the_same_batches_as_one(pipeline: Path, start: Pat
 
 
 # ------------------------------------------------------------------------- in this process: data, lengths
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Training inside the test's own process, whose signal handler, environment and threads come back after."""
-    handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
-    for name in ("TENSORBOARD_LOGGING_DIR", "ACCELERATE_TORCH_DEVICE"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    signal.signal(signal.SIGTERM, handler)
 
 
 def batches(run: RunDirectory, stage: str) -> list[dict[str, torch.Tensor]]:

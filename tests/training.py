@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import psutil
 import pytest
 import yaml
 from omegaconf import OmegaConf
@@ -148,14 +149,14 @@ IMPORTED_ONCE = (
 """What attempts import and takes long. deepspeed as well: accelerate imports it where it is installed."""
 
 
-IMPORTED_UNDER_ZERO = ("deepspeed.runtime.zero.muon.original_muon",)
-"""What DeepSpeed imports when it makes an engine; it brings the whole of torch's compiler."""
+COMPILER = ("deepspeed.runtime.zero.muon.original_muon", "torch._inductor.compile_fx")
+"""What DeepSpeed imports when it makes an engine, which brings much of torch's compiler, and the rest of that."""
 
 
 @cache
-def server(zero: bool) -> ForkServer:
-    """The server of plain attempts, or of those under ZeRO; started by the first of them."""
-    started = ForkServer((*IMPORTED_ONCE, *(IMPORTED_UNDER_ZERO if zero else ())), base_environment())
+def server(compiler: bool) -> ForkServer:
+    """The server of plain attempts, or of those under ZeRO or torch.compile; started by the first of them."""
+    started = ForkServer((*IMPORTED_ONCE, *(COMPILER if compiler else ())), base_environment())
     atexit.register(started.close)
     return started
 
@@ -171,7 +172,9 @@ class Attempt:
     ) -> None:
         self.run, self.number, self.first_step = run, attempt, 1
         ledger.append(run.ledger, "attempt_started", attempt=attempt, job_id="1", node="here")
-        base = base_environment() | {"POST_TRAINING_ATTEMPT": str(attempt)}
+        base = base_environment() | {
+            "POST_TRAINING_ATTEMPT": str(attempt), "TORCHINDUCTOR_CACHE_DIR": str(run.root.parent / ".compiled"),
+        }  # fmt: skip
         if world_size > 1:
             base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
         self.processes: list[ForkedProcess | subprocess.Popen[bytes]] = []
@@ -183,8 +186,9 @@ class Attempt:
     def _start(self, env: dict[str, str], output: BinaryIO, fork: bool) -> ForkedProcess | subprocess.Popen[bytes]:
         module, args, cwd = "post_training.train", [str(self.run.root)], self.run.root
         if fork:
-            zero = self.run.read_config()["parallel"]["strategy"] != "ddp"
-            return server(zero).start(module, args, env, cwd, output)
+            config = self.run.read_config()
+            compiler = config["parallel"]["strategy"] != "ddp" or config["training"]["torch_compile"]
+            return server(compiler).start(module, args, env, cwd, output)
         command = [sys.executable, "-m", module, *args]
         return subprocess.Popen(command, env=env, cwd=cwd, stdout=output, stderr=subprocess.STDOUT)
 
@@ -217,8 +221,9 @@ class Attempt:
         return self.run
 
     def terminate(self) -> None:
-        """SIGTERM to every rank, as SLURM sends it."""
-        for process in self.processes:
+        """SIGTERM to every rank and every process that it started, as SLURM sends it."""
+        ranks = [psutil.Process(process.pid) for process in self.processes]
+        for process in [*(child for rank in ranks for child in rank.children(recursive=True)), *ranks]:
             process.send_signal(signal.SIGTERM)
 
     def wait_for_step(self, step: int) -> None:

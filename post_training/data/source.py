@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -45,7 +46,7 @@ class Samples:
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> samples that cannot be used
 
 
-class Source:
+class Source(ABC):
     """Records of one data set in the forms that stages train on, each for `train` and `held_out`."""
 
     views: tuple[str, ...] = tuple(VIEWS)
@@ -94,9 +95,9 @@ class Source:
                 f"  fix: give this stage one of {', '.join(having(view))}, as in sft.data={having(view)[0]}"
             )
 
+    @abstractmethod
     def samples(self, view: str, split: Split) -> Samples:
         """The same with what became of the records. Called only for views that it has."""
-        raise NotImplementedError
 
 
 def user(text: str) -> Row:

@@ -97,9 +97,10 @@ def load_tokenizer(cfg: Model, start_model: str | None, system_prompt: str | Non
                 "  fix: a folder or hub id with tokenizer files; with offline=true: python -m launchers.prefetch first"
             ) from error
     if tokenizer.eos_token is None:
+        path = start_model or cfg.tokenizer
         raise DataError(
-            f"model.tokenizer={start_model or cfg.tokenizer}: has no end-of-text token\n"
-            '  fix: give "eos_token" in its tokenizer_config.json'
+            f"{path}: its tokenizer has no end-of-text token\n"
+            f'  fix: give "eos_token" in {path}/tokenizer_config.json, or another model'
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-from post_training.run.directory import fsync_directory, write_atomic
+from post_training.run.directory import fsync_path, write_atomic
 
 NAME = "manifest.json"
 VERSION = 1
@@ -23,13 +23,18 @@ def _files(folder: Path) -> list[Path]:
 
 
 def write(folder: Path, **about: Any) -> None:
-    """Declare `folder` complete: sizes and hashes of its files, and what the caller says about it."""
+    """Declare `folder` complete: sizes and hashes of its files, and what the caller says about it.
+
+    All that is in it reaches the disk before the manifest does: it may be what an older folder is removed for.
+    """
     files = {}
     for path in _files(folder):
         # safetensors makes 0600 files; give every file what the folder grants, so that a group can read them
         path.chmod((folder.stat().st_mode & 0o666) | 0o600)
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    fsync_directory(folder)
+        fsync_path(path)
+    for directory in {folder, *(p.parent for p in map(folder.joinpath, files))}:
+        fsync_path(directory)
     write_atomic(folder / NAME, json.dumps({"version": VERSION, **about, "files": files}, indent=1) + "\n")
 
 

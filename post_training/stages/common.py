@@ -19,7 +19,7 @@ from post_training.adapters import is_adapter, quantization
 from post_training.data.source import DataError
 from post_training.data.tokenizer import load_tokenizer, train_tokenizer
 from post_training.run import manifest
-from post_training.run.directory import RunDirectory, fsync_directory
+from post_training.run.directory import RunDirectory, fsync_path
 from post_training.stages.zero import fsdp_arguments, prepare_zero, zero_config
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def finish(run: RunDirectory, partial: Path, **about: Any) -> None:
     frozen = run.read_config()
     manifest.write(partial, stage=frozen["stage"], identity=frozen["identity"], **about)
     partial.rename(run.model)
-    fsync_directory(run.root)
+    fsync_path(run.root)
 
 
 def dtype(cfg: Config) -> torch.dtype:
@@ -217,6 +217,7 @@ def trainer_arguments(stage: Stage, lr: float) -> dict[str, Any]:
         "adam_beta2": training.adam_beta2,
         "max_grad_norm": training.max_grad_norm,
         "gradient_checkpointing": training.gradient_checkpointing,
+        "torch_compile": training.torch_compile,
         "bf16": precision == "bfloat16",
         "fp16": precision == "float16",
         "seed": cfg.seed,
@@ -241,12 +242,33 @@ def trainer_arguments(stage: Stage, lr: float) -> dict[str, Any]:
     }
 
 
-def held_out(stage: Stage, rows: Dataset) -> Dataset | None:
-    """At most `eval.num_problems` rows, judged once at the end of training; None where there is less than a batch.
+def that_fit(stage: Stage, pairs: Dataset) -> Dataset:
+    """The pairs for which training.max_length has room: for rm for all of both texts, else for prompt and some answer.
 
-    They fill whole batches on all ranks, so that the mean of the batches' figures is the mean of the rows'.
+    TRL leaves the others out in rm, dpo and kto, and not in orpo, where the mean over no token of an answer is nan.
+    """
+    longest, tokenizer = stage.cfg.training.max_length, stage.tokenizer
+
+    def count(messages: list[dict[str, str]], **how: Any) -> int:
+        ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **how)["input_ids"]
+        return len(ids) + (ids[:1] != [tokenizer.bos_token_id] and tokenizer.bos_token_id is not None)
+
+    def fits(pair: dict[str, Any]) -> bool:
+        if stage.cfg.stage == "rm":
+            return all(count(pair["prompt"] + pair[side]) <= longest for side in ("chosen", "rejected"))
+        return count(pair["prompt"], add_generation_prompt=True) < longest
+
+    return pairs.select([number for number, pair in enumerate(pairs) if fits(pair)])
+
+
+def held_out(stage: Stage, rows: Dataset) -> Dataset | None:
+    """At most `eval.num_problems` pairs, judged once at the end of training; None where there is less than a batch.
+
+    They fill whole batches on all ranks, so that the mean of the batches' figures is the mean of the rows'. Pairs that
+    TRL would leave out, and thereby shift the others, are left out before.
     """
     training = stage.cfg.training
+    rows = that_fit(stage, rows)
     at_once = training.per_device_train_batch_size * world_size(stage.cfg)
     count = min(len(rows), stage.cfg.eval.num_problems) // at_once * at_once
     return rows.select(range(count)) if count else None

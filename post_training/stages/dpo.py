@@ -53,11 +53,11 @@ class DpoTrainer(ReferenceOnce, Prepared, DPOTrainer):
 def reference(stage: Stage, precomputed: bool) -> PreTrainedModel | None:
     """The frozen reference, loaded from its own path, so that a resumed attempt keeps it.
 
-    None, for the start model before its first step, where that is the reference and is asked beforehand.
+    None where that is the start model: asked beforehand, before its first step; or under LoRA without its adapters.
     """
     assert stage.model_path is not None
     path = stage.reference_path or stage.model_path
-    if precomputed and path == stage.model_path:
+    if path == stage.model_path and (precomputed or stage.cfg.lora.r is not None):
         return None
     return without_dropout(load_causal_lm(stage.cfg, path, stage.tokenizer))
 

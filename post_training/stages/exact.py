@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import json
 import logging
-from functools import cached_property
+import signal
+from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -41,6 +44,7 @@ class ExactResume(Trainer):
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
         if head is not None and not hasattr(head, "bias"):
             head.bias = None  # TRL's fused head reads it; peft's wrapper of a head with trained tokens lacks it
+
     @cached_property
     def meter(self) -> Meter:
         """Tokens and time between log lines; to be added as a callback."""
@@ -99,6 +103,14 @@ class ExactResume(Trainer):
             logger.warning("resumed on %d ranks, saved on %d: not exact", self.args.world_size, state["world_size"])
         self.restore_rank_state(state)
 
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """Its workers outlive the SIGTERM that SLURM sends to every process of a job that it preempts: the trainer
+        asks them for the rest of the step that it stops after, and a worker that dies takes it along."""
+        loader = super()._get_dataloader(*args, **kwargs)
+        iterated = getattr(loader, "base_dataloader", loader)  # accelerate's is a shell around it
+        iterated.worker_init_fn = partial(_outlive_sigterm, iterated.worker_init_fn)
+        return loader
+
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         if self.args.fsdp and not self.is_fsdp_enabled:
@@ -134,6 +146,16 @@ class ExactResume(Trainer):
                 setattr(self, name, value)
             self._loss_sums = None
         super()._run_epoch(**kwargs)
+
+
+def _outlive_sigterm(then: Callable[[int], None] | None, worker: int) -> None:
+    """Runs in each DataLoader worker at its start, before the Trainer's own function for that, if there is one.
+
+    Workers end when their trainer tells them to or is gone, which they look for every few seconds.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if then is not None:
+        then(worker)
 
 
 def state_file(checkpoint: str | Path, rank: int) -> Path:

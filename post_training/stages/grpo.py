@@ -12,8 +12,10 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from conf.check import generation
+from conf.schema import Grpo, Rloo
 from post_training import data
 from post_training.adapters import lora_config
+from post_training.data.source import DataError
 from post_training.rewards.verify import reward_functions
 from post_training.stages.common import Stage, load_causal_lm, trainer_arguments
 from post_training.stages.exact import ExactResume
@@ -35,6 +37,15 @@ class EpochSampler(RepeatSampler):
     def __iter__(self) -> Iterator[int]:
         self.generator.manual_seed(self.seed + self.epoch())
         return super().__iter__()
+
+
+def require_prompts(given: int, at_once: int) -> None:
+    """Raise DataError where not even the first generation has all of its prompts."""
+    if given < at_once:
+        raise DataError(
+            f"data: there are {given} prompts, fewer than the {at_once} that one generation asks\n"
+            "  fix: more records (data.path, data.num_prompts), or a smaller training.effective_batch_size"
+        )
 
 
 class Groups(ExactResume):
@@ -59,6 +70,7 @@ class Groups(ExactResume):
         prompts = args.generation_batch_size // self.num_generations
         repeats = self.num_iterations * args.steps_per_generation
         dataset = self.train_dataset if dataset is None else dataset
+        require_prompts(len(dataset), prompts)
         micro_steps = len(dataset) // prompts * repeats
         steps = -(-micro_steps // args.gradient_accumulation_steps)
         return EpochSampler(
@@ -112,25 +124,28 @@ def group_figures(rewards: torch.Tensor) -> dict[str, float]:
     }
 
 
+SAME = (
+    "num_generations", "num_iterations", "steps_per_generation", "max_completion_length", "temperature", "beta",
+    "epsilon", "epsilon_high", "mask_truncated_completions",
+)  # fmt: skip
+"""Keys of ours that GRPOConfig and RLOOConfig both have, under the same names."""
+
+
+def group_arguments(stage: Stage, how: Grpo | Rloo) -> dict[str, Any]:
+    """Arguments of GRPOConfig and RLOOConfig alike."""
+    return trainer_arguments(stage, how.lr) | {name: getattr(how, name) for name in SAME}
+
+
 def build_trainer(stage: Stage) -> Trainer:
     """By default one generation serves one optimizer step: its whole effective batch at once."""
     cfg = stage.cfg
     assert stage.model_path is not None
     functions, weights = reward_functions(cfg.grpo.reward, stage.run)
     args = GRPOConfig(
-        **trainer_arguments(stage, cfg.grpo.lr),
-        num_generations=cfg.grpo.num_generations,
-        num_iterations=cfg.grpo.num_iterations,
-        steps_per_generation=cfg.grpo.steps_per_generation,
-        max_completion_length=cfg.grpo.max_completion_length,
-        temperature=cfg.grpo.temperature,
-        beta=cfg.grpo.beta,
+        **group_arguments(stage, cfg.grpo),
         loss_type=cfg.grpo.loss_type,
-        epsilon=cfg.grpo.epsilon,
-        epsilon_high=cfg.grpo.epsilon_high,
         scale_rewards=cfg.grpo.scale_rewards,
         importance_sampling_level=cfg.grpo.importance_sampling_level,
-        mask_truncated_completions=cfg.grpo.mask_truncated_completions,
         reward_weights=weights,
     )
     model = load_causal_lm(cfg, stage.model_path, stage.tokenizer, trained=True)

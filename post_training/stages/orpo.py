@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 from transformers import Trainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from post_training import data
 from post_training.adapters import lora_config
-from post_training.stages.common import Stage, held_out, load_causal_lm, trainer_arguments, without_dropout
+from post_training.data.source import DataError
+from post_training.stages.common import Stage, held_out, load_causal_lm, that_fit, trainer_arguments, without_dropout
 from post_training.stages.exact import ExactResume
 
 
@@ -26,11 +29,18 @@ def build_trainer(stage: Stage) -> Trainer:
         max_length=cfg.training.max_length,
         remove_unused_columns=False,  # its collator picks its columns itself
     )
+    pairs = source.preferences("train")
+    rows = that_fit(stage, pairs)
+    if len(rows) < len(pairs):
+        why = f"leaves out {len(pairs) - len(rows)} of {len(pairs)} pairs, whose prompt alone fills it"
+        if not len(rows):
+            raise DataError(f"training.max_length={cfg.training.max_length}: {why}\n  fix: a longer one")
+        print(f"orpo: training.max_length {why}", file=sys.stderr)
     model = without_dropout(load_causal_lm(cfg, stage.model_path, stage.tokenizer, trained=True))
     return OrpoTrainer(
         model=model,
         args=args,
-        train_dataset=source.preferences("train"),
+        train_dataset=rows,
         eval_dataset=held_out(stage, source.preferences("held_out")),
         processing_class=stage.tokenizer,
         peft_config=lora_config(stage, model),

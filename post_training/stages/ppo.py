@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -44,10 +44,15 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from post_training import data
+from post_training.adapters import FOLDER, lora_config, merge_own
 from post_training.data.source import DataError
 from post_training.rewards.verify import reward_functions
 from post_training.stages.common import Stage, load_causal_lm, load_reward_model, trainer_arguments
 from post_training.stages.exact import ExactResume
+from post_training.stages.grpo import require_prompts
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 Reduce = Callable[[Tensor], Tensor]
 RewardFunc = Callable[..., Sequence[float | None]]
@@ -237,13 +242,27 @@ class PolicyWithValue(PreTrainedModel):
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(
-        self, policy: PreTrainedModel, reward_model: PreTrainedModel | None = None, value_init: str = "policy"
+        self,
+        policy: PreTrainedModel,
+        reward_model: PreTrainedModel | None = None,
+        value_init: str = "policy",
+        adapters: "LoraConfig | None" = None,
     ):
-        """value_init: "policy" starts all values at 0; "rm" starts from the reward model's score head."""
+        """value_init: "policy" starts all values at 0; "rm" starts from the reward model's score head.
+
+        adapters: of the policy, whose own weights are frozen then; the value head is trained whole.
+        """
         # A copy, since the Trainer writes into it (use_cache=False), and the policy's is exported.
         super().__init__(deepcopy(policy.config))
-        self.policy = policy
         hidden = policy.get_output_embeddings().in_features  # under ZeRO-3 the weight itself is elsewhere
+        self.has_adapters = adapters is not None
+        self.policy = policy
+        if adapters is not None:
+            from peft import get_peft_model
+
+            # ZeRO-3 wants one type for all parameters; else adapters beside bf16 weights are float32
+            self.policy = get_peft_model(policy, adapters, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
+            policy.enable_input_require_grads()  # else gradient checkpointing finds nothing to go back to
         # float32 also beside a bf16 policy: values are regressed, and bf16 has three digits. ZeRO-3 wants one type
         # for all parameters, and updates a float32 copy of each.
         dtype = policy.dtype if is_deepspeed_zero3_enabled() else torch.float32
@@ -264,6 +283,11 @@ class PolicyWithValue(PreTrainedModel):
             raise ValueError(f"value_init is {value_init!r}; it must be one of policy, rm")
         self.post_init()
 
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The policy as transformers knows it, with the adapters in its layers."""
+        return self.policy.get_base_model() if self.has_adapters else self.policy
+
     def init_weights(self) -> None:
         """Nothing: the policy comes with its weights. `post_init` would draw new ones for a fresh module."""
 
@@ -281,11 +305,11 @@ class PolicyWithValue(PreTrainedModel):
         # The value head reads what the LM head reads. Catching it there works for every architecture,
         # also those that scale or cap the logits afterwards, and keeps no other layer's states alive.
         head_inputs: list[Tensor] = []
-        handle = self.policy.get_output_embeddings().register_forward_pre_hook(
+        handle = self.causal_lm.get_output_embeddings().register_forward_pre_hook(
             lambda _module, args: head_inputs.append(args[0])
         )
         try:
-            logits = self.policy(
+            logits = self.causal_lm(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -301,8 +325,13 @@ class PolicyWithValue(PreTrainedModel):
         """As its parent does, under a model type of its own.
 
         With the policy's type AutoModelForCausalLM would load a checkpoint of ours with a warning and
-        random weights, since no name matches. Use `export` for a plain causal LM.
+        random weights, since no name matches. Use `export` for a plain causal LM. With adapters: what is
+        trained, and no more.
         """
+        if self.has_adapters:
+            state_dict = kwargs.get("state_dict") or self.state_dict()
+            trained = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+            kwargs["state_dict"] = {name: state_dict[name] for name in trained}
         super().save_pretrained(save_directory, *args, **kwargs)
         path = Path(save_directory) / "config.json"
         path.write_text(
@@ -315,7 +344,7 @@ class PolicyWithValue(PreTrainedModel):
         tokenizer: PreTrainedTokenizerBase | None = None,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Write the plain causal LM, without the value head, and its tokenizer.
+        """Write the plain causal LM, without the value head, and its tokenizer; adapters beside it, and merged.
 
         state_dict: this module's state, where it does not lie in the module itself (ZeRO-3).
         """
@@ -325,6 +354,11 @@ class PolicyWithValue(PreTrainedModel):
                 for k, v in state_dict.items()
                 if k.startswith("policy.") and k not in self.all_tied_weights_keys
             }
+        if self.has_adapters:
+            assert tokenizer is not None
+            self.policy.save_pretrained(Path(path) / FOLDER, state_dict=state_dict)
+            merge_own(self.policy, Path(path), tokenizer)
+            return
         self.policy.save_pretrained(path, state_dict=state_dict)
         if tokenizer is not None:
             tokenizer.save_pretrained(path)
@@ -472,6 +506,8 @@ class PPOTrainer(ExactResume):
     reward_model: a sequence classifier with one label and the policy's tokenizer. It sees prompt and
     completion, always with an EOS at the end, as it was trained.
 
+    ref_model: the frozen reference; None: the policy without its adapters.
+
     The score of a completion is the weighted sum of all of them. One rollout is `rollout_batches`
     micro-batches per process, used for `num_ppo_epochs` passes; optimizer steps never straddle passes.
     """
@@ -479,7 +515,7 @@ class PPOTrainer(ExactResume):
     def __init__(
         self,
         model: PolicyWithValue,
-        ref_model: PreTrainedModel,
+        ref_model: PreTrainedModel | None,
         reward_funcs: Sequence[RewardFunc],
         reward_weights: list[float],
         args: PPOArguments,
@@ -492,6 +528,8 @@ class PPOTrainer(ExactResume):
         tokenizer = processing_class
         if len(reward_funcs) != len(reward_weights):
             raise ValueError(f"{len(reward_funcs)} reward functions but {len(reward_weights)} reward weights")
+        if ref_model is None and not model.has_adapters:
+            raise ValueError("PPO needs a reference model, or adapters: without them the policy is the reference")
         if not reward_funcs and reward_model is None:
             raise ValueError("PPO needs a reward function or a reward model")
         if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
@@ -509,14 +547,13 @@ class PPOTrainer(ExactResume):
             processing_class=processing_class,
             callbacks=callbacks,
         )
-        if self.is_fsdp_enabled:
-            raise NotImplementedError("PPO has not been made to work with FSDP: use DDP or DeepSpeed")
+        assert not self.is_fsdp_enabled, "conf.check refuses it"
         self.args: PPOArguments = args
         self.tokenizer = tokenizer
         self.reward_funcs, self.reward_weights = reward_funcs, reward_weights
         self.reward_names = [getattr(f, "__name__", type(f).__name__) for f in reward_funcs]
         self.reward_model_weight = reward_model_weight
-        self.ref_model = self._frozen(ref_model)
+        self.ref_model = None if ref_model is None else self._frozen(ref_model)
         self.reward_model = None
         if reward_model is not None:
             if reward_model.config.pad_token_id is None:
@@ -569,8 +606,7 @@ class PPOTrainer(ExactResume):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         size = len(self.train_dataset if train_dataset is None else train_dataset)
         rollout_size = self._train_batch_size * self._rollout_batches * self.args.world_size
-        if size < rollout_size:
-            raise ValueError(f"the dataset has {size} prompts, fewer than one rollout takes ({rollout_size})")
+        require_prompts(size, rollout_size)
         steps = size // rollout_size * self._micro_steps_per_rollout // self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return RolloutSampler(
@@ -681,13 +717,13 @@ class PPOTrainer(ExactResume):
     @contextlib.contextmanager
     def _policy_to_sample_from(self) -> Iterator[Any]:
         if not self.is_deepspeed_enabled:
-            yield self.model.policy
+            yield self.model.causal_lm
             return
         from trl.models.utils import unwrap_model_for_generation
 
         # ZeRO-3: gathers the weights, or every token would gather them anew.
         with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
-            yield model.policy
+            yield model.causal_lm
 
     def _by_length(
         self, forward: Callable[[Tensor, Tensor, int], tuple[Tensor, ...]], rollout: dict[str, Tensor]
@@ -717,6 +753,9 @@ class PPOTrainer(ExactResume):
 
     def _evaluate_reference(self, ids: Tensor, attention_mask: Tensor, t: int) -> tuple[Tensor]:
         """Log-probabilities under the reference: [b, t]."""
+        if self.ref_model is None:
+            with self.model.policy.disable_adapter():
+                return self._evaluate_policy(ids, attention_mask, t)[:1]
         logits = self.ref_model(
             input_ids=ids,
             attention_mask=attention_mask,
@@ -910,9 +949,13 @@ def build_trainer(stage: Stage) -> Trainer:
     if cfg.ppo.reward_model_weight or cfg.ppo.value_init == "rm":
         assert stage.reward_model_path is not None
         reward_model = load_reward_model(cfg, stage.reward_model_path, tokenizer)
+    policy = load_causal_lm(cfg, stage.model_path, tokenizer, trained=True)
+    adapters = lora_config(stage, policy)
+    reference = stage.reference_path or stage.model_path
+    own = adapters is not None and reference == stage.model_path  # the policy without its adapters
     return PPOTrainer(
-        model=PolicyWithValue(load_causal_lm(cfg, stage.model_path, tokenizer), reward_model, cfg.ppo.value_init),
-        ref_model=load_causal_lm(cfg, stage.reference_path or stage.model_path, tokenizer),
+        model=PolicyWithValue(policy, reward_model, cfg.ppo.value_init, adapters),
+        ref_model=None if own else load_causal_lm(cfg, reference, tokenizer),
         reward_funcs=functions,
         reward_weights=weights,
         args=args,

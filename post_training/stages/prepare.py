@@ -10,6 +10,7 @@ import threading
 from typing import Any
 
 from post_training.attempt import Watchdog
+from post_training.data import reports_as_json
 from post_training.data.prepared import folder_of, kept, preparation_of, tokenizer_of
 from post_training.data.templates import require_masks
 from post_training.run import ledger, life
@@ -63,6 +64,8 @@ def prepare(run: RunDirectory, attempt: int, progress: Progress, watchdog: Watch
     partial.mkdir()
     write_atomic(partial / "prepared.json", json.dumps({"version": VERSION, "stages": report}, indent=1) + "\n")
     with run.writing_as(attempt):
+        if (reports := reports_as_json()) is not None:
+            write_atomic(run.data_report, reports)
         finish(run, partial)
     progress.enter("saving")
     return 0

@@ -6,9 +6,10 @@ from transformers import Trainer
 from trl import RLOOConfig, RLOOTrainer
 
 from post_training import data
+from post_training.adapters import lora_config
 from post_training.rewards.verify import reward_functions
-from post_training.stages.common import Stage, load_causal_lm, trainer_arguments
-from post_training.stages.grpo import Groups, generate_by_vllm
+from post_training.stages.common import Stage, load_causal_lm
+from post_training.stages.grpo import Groups, generate_by_vllm, group_arguments
 
 
 class RlooTrainer(Groups, RLOOTrainer):
@@ -21,25 +22,18 @@ def build_trainer(stage: Stage) -> Trainer:
     assert stage.model_path is not None
     functions, weights = reward_functions(cfg.rloo.reward, stage.run)
     args = RLOOConfig(
-        **trainer_arguments(stage, cfg.rloo.lr),
-        num_generations=cfg.rloo.num_generations,
-        num_iterations=cfg.rloo.num_iterations,
-        steps_per_generation=cfg.rloo.steps_per_generation,
-        max_completion_length=cfg.rloo.max_completion_length,
-        temperature=cfg.rloo.temperature,
-        beta=cfg.rloo.beta,
-        epsilon=cfg.rloo.epsilon,
-        epsilon_high=cfg.rloo.epsilon_high,
+        **group_arguments(stage, cfg.rloo),
         normalize_advantages=cfg.rloo.normalize_advantages,
-        mask_truncated_completions=cfg.rloo.mask_truncated_completions,
         reward_weights=weights,
     )
+    model = load_causal_lm(cfg, stage.model_path, stage.tokenizer, trained=True)
     trainer = RlooTrainer(
-        model=load_causal_lm(cfg, stage.model_path, stage.tokenizer),
+        model=model,
         reward_funcs=functions,
         args=args,
         train_dataset=data.load(cfg.data).problems("train"),
         processing_class=stage.tokenizer,
+        peft_config=lora_config(stage, model),
     )
     generate_by_vllm(stage, trainer)
     return trainer
