@@ -574,6 +574,9 @@ def _check_vllm(cfg: Config) -> None:
         raise ConfigError(f"{where}.backend", backend, "the package vllm is not installed", fix)
     if how is None:
         return
+    if cfg.model.dropout:
+        problem = "the trained model drops out what vLLM keeps, and their log-probabilities are compared"
+        raise ConfigError("model.dropout", cfg.model.dropout, problem, f"{cfg.stage}.model.dropout=0")
     longest = getattr(cfg, cfg.stage).max_completion_length
     if how.max_model_length is not None and how.max_model_length <= longest:
         problem = f"leaves no room for a prompt beside {cfg.stage}.max_completion_length={longest}"
