@@ -185,6 +185,18 @@ def accumulation_steps(cfg: Config) -> int:
     return cfg.training.effective_batch_size // (cfg.training.per_device_train_batch_size * world_size(cfg))
 
 
+def beyond(cfg: Config, positions: int) -> tuple[str, int, int] | None:
+    """Key, value and what would fit, where a stage's rows are longer than its model has positions for; else None.
+
+    Of a stage that samples only the completion is known; a prompt comes before it.
+    """
+    if cfg.stage in SAMPLING:
+        longest = getattr(cfg, cfg.stage).max_completion_length
+        return (f"{cfg.stage}.max_completion_length", longest, positions // 2) if longest >= positions else None
+    longest = cfg.training.max_length
+    return ("training.max_length", longest, positions) if longest > positions else None
+
+
 def check_run(cfg: Config) -> None:
     """Refuse a stage's config that cannot work. Raises ConfigError for the first problem found."""
     if cfg.stage not in TECHNIQUES:
@@ -574,6 +586,9 @@ def _check_vllm(cfg: Config) -> None:
         raise ConfigError(f"{where}.backend", backend, "the package vllm is not installed", fix)
     if how is None:
         return
+    if cfg.model.dropout:
+        problem = "the trained model drops out what vLLM keeps, and their log-probabilities are compared"
+        raise ConfigError("model.dropout", cfg.model.dropout, problem, f"{cfg.stage}.model.dropout=0")
     longest = getattr(cfg, cfg.stage).max_completion_length
     if how.max_model_length is not None and how.max_model_length <= longest:
         problem = f"leaves no room for a prompt beside {cfg.stage}.max_completion_length={longest}"

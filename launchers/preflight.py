@@ -16,9 +16,9 @@ import yaml
 
 from conf import memory
 from conf.chat import check as check_template
-from conf.check import REWARDED, ConfigError, nearest, parse_wall_time, split_function, tasks_per_node
+from conf.check import REWARDED, ConfigError, beyond, nearest, parse_wall_time, split_function, tasks_per_node
 from conf.datasets import KNOWN, TRANSFORMS
-from conf.schema import Config
+from conf.schema import UNTRAINED, Config
 from launchers import graph, slurm
 from launchers.errors import LaunchError
 from launchers.hub import cache_of, in_cache
@@ -133,7 +133,10 @@ def _check_function(key: str, path: str) -> None:
 
 
 def check_memory(cfg: Config) -> None:
-    """Refuse what cannot fit into the GPUs. A local model's config.json is believed before the config's keys."""
+    """Refuse what cannot fit into the GPUs, and rows that learned positions (gpt2) cannot hold.
+
+    A local model's config.json is believed before the config's keys.
+    """
     shape = memory.shape_of(cfg.model)
     for source in (cfg.inputs.model, cfg.model.name_or_path):
         about = Path(source).expanduser() / "config.json" if source is not None else None
@@ -144,6 +147,11 @@ def check_memory(cfg: Config) -> None:
                 found = {}
             shape = memory.shape_from_json(found) if isinstance(found, dict) else None
             break
+    learned = shape.positions if shape is not None and cfg.stage not in UNTRAINED else 0
+    longer = beyond(cfg, learned) if learned else None
+    if longer is not None:
+        key, value, fits = longer
+        raise ConfigError(key, value, f"the model has positions for {learned} tokens", f"{key}={fits}")
     memory.check(cfg, shape)
 
 

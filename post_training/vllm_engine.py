@@ -60,6 +60,7 @@ class Engine:
                 # several ranks: each one's engine keeps to the rank's own GPU, within the ranks' process group
                 distributed_executor_backend="uni" if alone else "external_launcher",
                 enforce_eager=on_cpu,
+                max_num_batched_tokens=4096,  # as TRL: at the default it overrates what it needs beside the cache
                 disable_log_stats=True,
                 **({"kv_cache_memory_bytes": CPU_CACHE} if on_cpu else {}),
                 **settings,

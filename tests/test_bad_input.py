@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from conf.check import ConfigError
+from launchers.selection import select
 from post_training import train
+from post_training.data.tokenizer import bytes_tokenizer
 from tests.in_process import here, own_cache, refused  # noqa: F401  (fixtures)
 from tests.records import write
 from tests.training import make_run
@@ -52,6 +56,30 @@ def test_fewer_prompts_than_one_generation_asks(
     path = write(tmp_path / "few.jsonl", [{"prompt": f"{i}+1=?", "answer": f"{i + 1}"} for i in range(5)])
     said = refused(capsys, make_run(tmp_path, stage, *SHORT, f"data.path={path}", model=start))
     assert "1 prompts" in said and "training.effective_batch_size" in said
+
+
+@pytest.mark.parametrize(
+    ("stage", "longer", "fix"),
+    [
+        ("sft", "training.max_length=41", "training.max_length=40"),
+        ("rm", "training.max_length=41", "training.max_length=40"),
+        ("ppo", "ppo.max_completion_length=40", "ppo.max_completion_length=20"),
+    ],
+)
+def test_rows_longer_than_learned_positions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str, longer: str, fix: str
+) -> None:
+    """At submission where the model's numbers are known, else in the job."""
+    folder = tmp_path / "gpt2"
+    bytes_tokenizer().save_pretrained(folder)
+    about = {"vocab_size": 265, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 40}
+    GPT2LMHeadModel(GPT2Config(**about)).save_pretrained(folder)
+    said = refused(capsys, make_run(tmp_path, stage, "training.max_steps=1", longer, model=folder))
+    assert f"{longer}: {folder} has positions for 40 tokens" in said and f"fix: {fix}" in said
+    tokens = ["cluster=local", "pipeline=full", f"stage={stage}", f"inputs.model={folder}", longer,
+              "ppo.reward_model_weight=0"]  # fmt: skip
+    with pytest.raises(ConfigError, match=rf"{longer}: the model has positions for 40 tokens(.|\n)*fix: {fix}"):
+        select(tokens, only_one=True)
 
 
 @pytest.mark.parametrize("stage", ["sft", "eval"])

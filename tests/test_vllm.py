@@ -25,9 +25,11 @@ from conf.schema import Config
 from launchers.plan import identity
 from launchers.render import job_script
 from post_training import train
+from post_training.data.source import DataError
 from post_training.run.directory import RunDirectory
 from post_training.run.life import STOPPED, UNUSABLE
 from post_training.stages.common import load_config
+from post_training.vllm_engine import Engines
 from tests.forkserver import ForkedProcess, ForkServer
 from tests.training import (
     DEADLINE,
@@ -244,6 +246,7 @@ BY_VLLM, SERVER = "grpo.generation.backend=vllm", "grpo.generation.backend=vllm_
         (["grpo.generation.backend=vlm"], "grpo.generation.backend"),
         ([BY_VLLM, "cluster.python=null"], "grpo.generation.backend"),
         ([BY_VLLM, "lora.r=4", "lora.quantize=nf4"], "grpo.generation.backend"),
+        ([BY_VLLM, "model.dropout=0.1"], "model.dropout"),
         ([BY_VLLM, "grpo.generation.gpu_memory_utilization=1.5"], "grpo.generation.gpu_memory_utilization"),
         ([BY_VLLM, "grpo.generation.max_model_length=8"], "grpo.generation.max_model_length"),
         ([BY_VLLM, "grpo.generation.max_logprob_difference=-1"], "grpo.generation.max_logprob_difference"),
@@ -286,6 +289,16 @@ def test_vllm_s_share_of_the_gpu_is_part_of_the_estimate() -> None:
     assert error.value.fix == "grpo.generation.gpu_memory_utilization=0.21"
     judged = memory.estimate(config(*gpu, "eval.backend=vllm", stage="eval"), small)
     assert judged is not None and judged.terms["vLLM"] == 40 * memory.GIB
+
+
+def test_an_engine_that_ends_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has no vLLM says so before."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    engines = Engines(tmp_path, {}, 1)
+    with pytest.raises(DataError, match="vLLM cannot be used here: No module named 'vllm'"):
+        engines.wait()
+    with pytest.raises(RuntimeError, match="vLLM's process ended with status 0"):
+        engines.generate([[1]], {}, 0)
 
 
 @pytest.mark.parametrize("tied", [True, False])

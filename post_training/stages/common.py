@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from omegaconf import OmegaConf
 
-from conf.check import accumulation_steps, world_size
+from conf.check import accumulation_steps, beyond, world_size
 from conf.schema import Config
 from post_training import data
 from post_training.adapters import is_adapter, quantization
@@ -142,6 +142,8 @@ def load_causal_lm(
         path, dtype=dtype(cfg), attn_implementation=cfg.model.attn_implementation,
         **(quantization(cfg) if trained else {}),
     )  # fmt: skip
+    if trained:
+        require_positions(cfg, model, path)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         set_seed(cfg.seed)  # new rows are drawn; where they are not in checkpoints, every attempt draws the same
         model.resize_token_embeddings(len(tokenizer))
@@ -149,6 +151,15 @@ def load_causal_lm(
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     return model
+
+
+def require_positions(cfg: Config, model: PreTrainedModel, path: str) -> None:
+    """Refuse rows longer than a model with learned positions (gpt2) can read. Raises DataError."""
+    learned = getattr(model.config, "n_positions", None)
+    found = None if learned is None else beyond(cfg, learned)
+    if found is not None:
+        key, value, fits = found
+        raise DataError(f"{key}={value}: {path} has positions for {learned} tokens\n  fix: {key}={fits}")
 
 
 def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
@@ -177,6 +188,8 @@ def load_reward_model(
         path, num_labels=1, dtype=dtype(cfg), attn_implementation=cfg.model.attn_implementation,
         **(quantization(cfg) if trained else {}),
     )  # fmt: skip
+    if trained:
+        require_positions(cfg, model, path)
     model.config.pad_token_id = tokenizer.pad_token_id
     return model
 
