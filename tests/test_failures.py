@@ -58,6 +58,8 @@ if behave == "memory":
 if behave == "killed-for-memory":
     print("slurmstepd: error: Detected 1 oom_kill event in StepId=7.0. Some of the step tasks have been OOM Killed.",
           file=sys.stderr, flush=True)
+    while "oom_kill" not in run.stderr(os.environ["SLURM_JOB_ID"]).read_text():
+        time.sleep(0.05)  # srun may end before it has passed on what a killed task has said; its own words it has
     os.kill(os.getpid(), signal.SIGKILL)
 if behave == "greed":
     taken = bytearray(os.urandom(2 << 20) * 150)
