@@ -514,9 +514,12 @@ def _check_parallel(cfg: Config) -> None:
     if cfg.training.torch_compile and cfg.stage not in COMPILED:
         fix = f"give it to the stages that take it, as in {COMPILED[0]}.training.torch_compile=true"
         raise ConfigError("training.torch_compile", "true", f"{cfg.stage} has not been made to work with it", fix)
-    if cfg.training.torch_compile and (cfg.parallel.strategy != "ddp" or cfg.lora.r is not None):
-        problem = "it was made to work with parallel.strategy=ddp and all weights trained"
+    if cfg.training.torch_compile and cfg.parallel.strategy != "ddp":
+        problem = f"it has not been made to work with parallel.strategy={cfg.parallel.strategy}"
         raise ConfigError("training.torch_compile", "true", problem, "training.torch_compile=false, or parallel=ddp")
+    if cfg.training.torch_compile and cfg.lora.r is not None:
+        problem = "it has not been made to work with adapters"
+        raise ConfigError("training.torch_compile", "true", problem, "training.torch_compile=false, or lora.r=null")
 
 
 def _check_sample(cfg: Config) -> None:

@@ -114,7 +114,9 @@ def determining(frozen: Frozen) -> dict[str, Any]:
     if frozen.get("lora", {}).get("r") is not None:  # configs of before it existed stay what they are
         parts["lora"] = frozen["lora"]
     parts[stage] = _without_engine(stage, frozen[stage])
-    parts["training"] = {k: v for k, v in parts["training"].items() if k != "dataloader_num_workers"}
+    training = parts["training"]
+    dropped = {"dataloader_num_workers"} | (set() if training.get("torch_compile") else {"torch_compile"})  # as lora
+    parts["training"] = {k: v for k, v in training.items() if k not in dropped}
     if "lower_lr" in frozen.get("guardrails", {}).values():  # else they change no weight
         parts["guardrails"] = frozen["guardrails"]
     shared = {key: frozen["parallel"].get(key, False) for key in ("strategy", "offload")}

@@ -121,7 +121,7 @@ def test_what_each_strategy_asks_for() -> None:
         (("stage=ppo", "parallel=fsdp2", "ppo.reward_model_weight=0"), "parallel.strategy", "parallel=zero3"),
         (("stage=sft", "parallel=fsdp2", "slurm.gpus_per_node=1"), "parallel.strategy", "parallel=ddp"),
         (("stage=grpo", "training.torch_compile=true"), "training.torch_compile", "base.training.torch_compile=true"),
-        (("stage=sft", "training.torch_compile=true", "lora.r=4"), "training.torch_compile", "parallel=ddp"),
+        (("stage=sft", "training.torch_compile=true", "lora.r=4"), "training.torch_compile", "lora.r=null"),
         (("stage=sft", "training.torch_compile=true", "parallel=zero2"), "training.torch_compile", "parallel=ddp"),
     ],
 )

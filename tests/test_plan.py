@@ -9,9 +9,10 @@ import pytest
 from conf.check import ConfigError
 from conf.schema import Config
 from launchers import slurm
-from launchers.plan import Planned, _check_restart, live_jobs, stale
+from launchers.plan import Planned, _check_restart, changes, live_jobs, stale
 from post_training.run.directory import RunDirectory
 from post_training.run.history import History
+from tests.training import make_config
 
 
 def job(job_id: str, comment: str = "", state: str = "PENDING", **more: str) -> slurm.JobRecord:
@@ -93,3 +94,10 @@ def test_a_restart_that_would_do_nothing_is_refused(decisions: dict[str, str], r
         return
     with pytest.raises(ConfigError, match="restart=true: there is nothing to start from scratch: base is done"):
         _check_restart(stages)
+
+
+def test_a_run_of_before_torch_compile_goes_on_and_a_compiled_one_is_another() -> None:
+    plain, compiled = (make_config("sft", f"training.torch_compile={on}") | {"inputs": {}} for on in ("false", "true"))
+    of_before = {**plain, "training": {k: v for k, v in plain["training"].items() if k != "torch_compile"}}
+    assert changes(of_before, plain) == {}
+    assert changes(of_before, compiled) == {"training.torch_compile": (None, True)}
