@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launchers.errors import LaunchError
+from post_training.run import results
+from post_training.run.results import Results
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -26,7 +28,7 @@ class Judged:
     stage: str
     parent: str | None  # the stage that it started from
     model: Path
-    results: dict[str, Any]
+    results: Results
     samples: list[dict[str, Any]]
 
 
@@ -45,41 +47,35 @@ def judged_stages(looks: list[Look]) -> list[Judged]:
         judge = evals.get(real(look.run.root))
         if judge is None or look.config.get("stage") == "eval":
             continue
-        results = json.loads(judge.run.results.read_text(encoding="utf-8"))
+        found_there = results.read(judge.run)
         lines = judge.run.samples.read_text(encoding="utf-8").splitlines()
         parent = folders.get(look.inputs().get("model", ""))
-        found.append(Judged(look.name, parent, look.run.model, results, [json.loads(x) for x in lines]))
+        found.append(Judged(look.name, parent, look.run.model, found_there, [json.loads(x) for x in lines]))
     return found
 
 
 def change(stage: Judged, stages: list[Judged]) -> tuple[float, bool] | None:
     """Score minus the parent's, and whether it lies outside both 95 % intervals; None where they cannot be compared."""
     parent = next((s for s in stages if s.stage == stage.parent), None)
-    if parent is None or parent.results["metric"] != stage.results["metric"] or stage.results["score"] is None:
+    if parent is None or parent.results.headline != stage.results.headline:
         return None
-    ours, theirs = stage.results, parent.results
-    apart = ours["score_low"] > theirs["score_high"] or ours["score_high"] < theirs["score_low"]
-    return ours["score"] - theirs["score"], apart
+    ours, theirs = stage.results.score, parent.results.score
+    if ours is None or theirs is None or None in (ours.low, ours.high, theirs.low, theirs.high):
+        return None
+    return ours.value - theirs.value, ours.low > theirs.high or ours.high < theirs.low  # type: ignore[operator]
 
 
 def best(stages: list[Judged]) -> Judged | None:
     """The stage with the highest held-out accuracy."""
-    policies = [s for s in stages if s.results["metric"] == "accuracy"]
-    return max(policies, key=lambda s: s.results["score"], default=None)
+    policies = [(s.results.score.value, s) for s in stages if s.results.headline == "accuracy" and s.results.score]
+    return max(policies, key=lambda pair: pair[0])[1] if policies else None
 
 
 NUM_SAMPLES = 3
 """Problems shown with every stage's answer."""
 COLUMNS = (
-    ("perplexity_text", "ppl text", "{:.2f}"),
-    ("perplexity_answers", "ppl answers", "{:.2f}"),
-    ("repetition", "repeat", "{:.3f}"),
-    ("reward", "reward", "{:.3f}"),
-    ("length", "tokens", "{:.1f}"),
-    ("format", "form", "{:.2f}"),
-    ("steps", "steps", "{:.1f}"),
-    ("steps_right", "right", "{:.2f}"),
-)
+    "perplexity_text", "perplexity_answers", "repetition", "reward", "length", "format", "steps", "steps_right",
+)  # fmt: skip
 
 
 def table(stages: list[Judged]) -> RenderableType:
@@ -87,31 +83,31 @@ def table(stages: list[Judged]) -> RenderableType:
     from rich.table import Table
 
     result = Table(title="held-out, greedy; +- is the half width of a 95 % interval", title_justify="left", box=None)
-    for title in ("stage", "score", "+-", "vs parent", *(title for _, title, _ in COLUMNS)):
+    for title in ("stage", "score", "+-", "vs parent", *(results.metric(name).title for name in COLUMNS)):
         result.add_column(title, justify="left" if title == "stage" else "right", no_wrap=True)
     for stage in stages:
         values = stage.results
         row = [stage.stage, "", "", ""]
-        if values["score"] is not None:
-            unit = "" if values["metric"] == "accuracy" else " pairs"
-            row[1] = f"{100 * values['score']:.1f} %{unit}"
-            row[2] = f"{50 * (values['score_high'] - values['score_low']):.1f}"
+        if (score := values.score) is not None:
+            unit = "" if values.headline == "accuracy" else " pairs"
+            row[1] = f"{100 * score.value:.1f} %{unit}"
+            row[2] = f"{50 * ((score.high or 0) - (score.low or 0)):.1f}"
         if (delta := change(stage, stages)) is not None:
             row[3] = f"{100 * delta[0]:+.1f}{'' if delta[1] else ' ~'}"
-        row += [form.format(values[key]) if values.get(key) is not None else "-" for key, _, form in COLUMNS]
+        row += [results.shown(name, values.figures.get(name)) for name in COLUMNS]
         result.add_row(*row)
     return result
 
 
 def of_reward_model(stage: Judged) -> str | None:
     """What the table has no column for; None where the stage is no reward model."""
-    values = stage.results
-    if values.get("calibration_error") is None:
+    names = {
+        "margin": "margin", "brier": "Brier", "calibration_error": "calibration error", "mean_reward": "mean reward",
+    }  # fmt: skip
+    found = stage.results.figures
+    if "calibration_error" not in found:
         return None
-    return (
-        f"{stage.stage} : margin {values['margin']:.2f}, Brier {values['brier']:.3f}, "
-        f"calibration error {values['calibration_error']:.3f}, mean reward {values['mean_reward']:.2f}"
-    )
+    return f"{stage.stage} : " + ", ".join(f"{word} {results.shown(k, found.get(k))}" for k, word in names.items())
 
 
 def telling(stages: list[Judged], count: int) -> list[int]:
@@ -187,7 +183,8 @@ def main(argv: list[str] | None = None) -> int:
         folders = find_pipelines(arguments.output_base, arguments.names)
         if arguments.as_json:
             rows = [
-                {"pipeline": folder.name, "stage": s.stage, "parent": s.parent, "model": str(s.model), **s.results}
+                {"pipeline": folder.name, "stage": s.stage, "parent": s.parent, "model": str(s.model)}
+                | results.as_plain(s.results)
                 for folder in folders
                 for s in judged_stages(looks_of(folder))
             ]

@@ -23,7 +23,7 @@ from typing import Any
 from launchers import slurm, table
 from launchers.errors import LaunchError
 from launchers.local import owned
-from post_training.run import accounting, manifest
+from post_training.run import accounting, manifest, results
 from post_training.run.directory import RunDirectory, load_yaml
 from post_training.run.history import History
 
@@ -570,13 +570,10 @@ def _scores(looks: list[Look]) -> dict[str, tuple[float | None, str | None]]:
         if look.config.get("stage") != "eval" or look.output_problem is not None:
             continue
         try:
-            results = json.loads(look.run.results.read_text(encoding="utf-8"))
+            found_there = results.read(look.run)
         except (OSError, ValueError, RecursionError):
             continue
-        if not isinstance(results, dict):
-            continue
-        metric = results.get("metric")
-        score = (table.number(results.get("score")), metric if isinstance(metric, str) else None)
+        score = (found_there.score.value if found_there.score else None, found_there.headline)
         found[look.name] = score
         judged = look.inputs().get("model")
         for other in looks:

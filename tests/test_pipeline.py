@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from post_training.run.directory import RunDirectory
+from post_training.run.results import read
 from tests.training import ROOT
 
 TRAINED = ("base", "sft", "rm", "ppo", "dpo", "grpo")
@@ -39,25 +40,26 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_the_quickstart_gets_better_stage_by_stage(quickstart: tuple[Path, str]) -> None:
     base, printed = quickstart
     results = {
-        name: json.loads(RunDirectory(base / "quickstart" / f"eval_{name}").results.read_text()) for name in TRAINED
+        name: read(RunDirectory(base / "quickstart" / f"eval_{name}")) for name in TRAINED
     }
-    assert all(r["count"] >= 500 for r in results.values())
+    scores = {name: found.score for name, found in results.items()}
+    assert all(score.count >= 500 for score in scores.values())
 
     def better(worse: str, than: str) -> None:
-        assert results[than]["score_low"] > results[worse]["score_high"], (worse, than)
+        assert scores[than].low > scores[worse].high, (worse, than)
 
     better("base", "sft")
     better("sft", "ppo")
     better("sft", "dpo")
     better("sft", "grpo")
-    assert results["rm"]["metric"] == "preference_accuracy"
-    assert results["rm"]["score_low"] > 0.5
+    assert results["rm"].headline == "preference_accuracy"
+    assert scores["rm"].low > 0.5
     for name in ("base", "sft", "ppo", "dpo", "grpo"):
-        assert f"{100 * results[name]['score']:.1f} %" in printed
+        assert f"{100 * scores[name].value:.1f} %" in printed
     assert "post_training.chat" in printed
     rows = status(base)
     assert {row["state"] for row in rows.values()} == {"done"}
-    assert rows["sft"]["score"] == results["sft"]["score"]
+    assert rows["sft"]["score"] == scores["sft"].value
     assert rows["sft"]["step"] == rows["sft"]["max_steps"] == 250
 
 

@@ -7,6 +7,7 @@ a cluster, others in forked ones (tests.shim). The second ones find their first 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -30,6 +31,8 @@ from post_training.rewards.steps import step_figures
 from post_training.run import ledger, manifest
 from post_training.run.directory import RunDirectory
 from post_training.run.history import summarise
+from post_training.run.results import Results
+from post_training.run.results import read as read_results
 from tests.records import PUBLISHED, write
 from tests.shim import python_without_imports
 from tests.slurm_fixture import short_folder, wait_for
@@ -189,10 +192,8 @@ def attempt(run: RunDirectory) -> tuple[float, float]:
     return times["attempt_started"], times["attempt_ended"]
 
 
-def results(run: RunDirectory) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(run.results.read_text())
-    found.pop("seconds", None)
-    return found
+def results(run: RunDirectory) -> Results:
+    return dataclasses.replace(read_results(run), seconds=None)
 
 
 def samples(judge: RunDirectory) -> list[dict[str, Any]]:
@@ -223,7 +224,7 @@ def test_every_stage_is_done_once_and_in_order(done: Done, name: str) -> None:
             began = attempt(run)[0]
             assert all(attempt(done.run(name, upstream))[1] < began for upstream in entry["after"]), stage
         if entry["stage"] == "eval":
-            assert "perplexity_text" in results(run) if name == "pretrain" else results(run)["count"] == 8
+            assert "perplexity_text" in results(run).figures if name == "pretrain" else results(run).score.count == 8
         elif entry["stage"] not in ("prepare", "sample"):
             lines = metrics(run)
             assert lines[-1]["step"] == 2
@@ -268,7 +269,7 @@ def test_rlhf_is_scored_by_its_own_reward_model(done: Done) -> None:
         paid = sum(config["reward"][name.removeprefix("rewards/")] * value
                    for name, value in line.items() if name.startswith("rewards/"))  # fmt: skip
         assert line["reward"] == pytest.approx(paid + 0.5 * line["score_rm"], abs=1e-4)
-    assert results(done.run("rlhf", "eval_rm"))["metric"] == "preference_accuracy"
+    assert results(done.run("rlhf", "eval_rm")).headline == "preference_accuracy"
 
 
 def test_dpo_begins_at_its_reference_and_grpo_with_its_model(done: Done) -> None:
@@ -291,8 +292,8 @@ def test_reasoning_is_judged_by_steps_and_answers(done: Done, capsys: pytest.Cap
     for stage in chain:
         judge = done.run("reasoning", f"eval_{stage}")
         figures = step_figures([sample["completion"] for sample in samples(judge)])
-        assert {k: results(judge)[k] for k in figures} == figures
-        assert rows[stage][1:3] == [f"{100 * results(judge)['score']:.1f}", "%"]
+        assert {k: results(judge).figures[k].value for k in figures} == figures
+        assert rows[stage][1:3] == [f"{100 * results(judge).score.value:.1f}", "%"]
         assert rows[stage][-2] == f"{figures['steps']:.1f}"
 
 
@@ -348,7 +349,7 @@ def test_pretrain_makes_its_tokenizer_and_full_rows(done: Done) -> None:
     assert len(json.loads((base.model / "tokenizer.json").read_text())["model"]["vocab"]) > 256
     about = json.loads((base.model / "config.json").read_text())
     assert (about["vocab_size"], about["dtype"]) == (280, "bfloat16")
-    assert results(done.run("pretrain", "eval_base"))["perplexity_text"] > 1
+    assert results(done.run("pretrain", "eval_base")).figures["perplexity_text"].value > 1
 
 
 def test_prepared_data_is_what_its_stages_read(done: Done) -> None:

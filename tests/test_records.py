@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from conf.schema import TECHNIQUES
-from post_training.run import manifest
+from post_training.run import manifest, results
 from post_training.run.directory import RunDirectory
 from tests.shim import python_without_imports
 from tests.slurm_fixture import short_folder
@@ -106,8 +106,8 @@ def test_it_trains(records: Records, stage: str) -> None:
 
 
 def test_a_reward_model_is_judged_on_held_out_pairs(records: Records) -> None:
-    judged = json.loads(records.run("eval_rm").results.read_text())
-    assert (judged["metric"], judged["count"]) == ("preference_accuracy", 64)
+    judged = results.read(records.run("eval_rm"))
+    assert (judged.headline, judged.score.count) == ("preference_accuracy", 64)
 
 
 def test_prepared_rows_are_those_of_the_files(records: Records) -> None:

@@ -19,7 +19,7 @@ from post_training import resume, train
 from post_training.attempt import AttemptCallback
 from post_training.data.arithmetic import Arithmetic
 from post_training.distributed import set_rank_environment
-from post_training.run import ledger, manifest
+from post_training.run import ledger, manifest, results
 from post_training.run.directory import RunDirectory
 from post_training.run.history import summarise
 from post_training.run.life import STOPPED
@@ -241,17 +241,18 @@ def test_eval_of_a_policy_and_of_a_reward_model(pipeline: Path, start: Path) -> 
         attempt.finish()
     for run, metric, count in ((policy, "accuracy", 6), (judged, "preference_accuracy", 20)):
         assert manifest.problem(run.model, hashes=True) is None
-        result = json.loads(run.results.read_text())
-        assert (result["metric"], result["count"]) == (metric, count)
-        assert 0 <= result["score_low"] <= result["score"] <= result["score_high"] <= 1
-        assert run is policy or (0 < result["brier"] < 1 and 0 <= result["calibration_error"] <= 0.5)
+        result = results.read(run)
+        score, figures = result.score, result.figures
+        assert (result.headline, score.count) == (metric, count)
+        assert 0 <= score.low <= score.value <= score.high <= 1
+        assert run is policy or (0 < figures["brier"].value < 1 and 0 <= figures["calibration_error"].value <= 0.5)
         assert summarise(ledger.read(run.ledger)).training
     samples = [json.loads(line) for line in (policy.model / "samples.jsonl").read_text().splitlines()]
-    result = json.loads(policy.results.read_text())
+    result = results.read(policy)
     assert len(samples) == 6
     assert all(sum(map(int, s["prompt"].removesuffix("=?").split("+"))) == int(s["answer"]) for s in samples)
-    assert result["score"] == sum(s["correct"] for s in samples) / 6
-    assert 1 < result["perplexity_text"] < 400 and 1 < result["perplexity_answers"] < 400
+    assert result.score.value == sum(s["correct"] for s in samples) / 6
+    assert all(1 < result.figures[name].value < 400 for name in ("perplexity_text", "perplexity_answers"))
 
 
 # -------------------------------------------------------------------------------------------- two ranks

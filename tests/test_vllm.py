@@ -26,6 +26,7 @@ from launchers.plan import identity
 from launchers.render import job_script
 from post_training import train
 from post_training.data.source import DataError
+from post_training.run import results
 from post_training.run.directory import RunDirectory
 from post_training.run.life import STOPPED, UNUSABLE
 from post_training.stages.common import load_config
@@ -204,7 +205,7 @@ def test_evaluation_by_vllm_gives_the_same_answers(folder: Path) -> None:
     VllmAttempt(run).finish()
     ours, theirs = ((r.model / "samples.jsonl").read_text() for r in (run, plain))
     assert ours == theirs and len({json.loads(line)["completion"] for line in ours.splitlines()}) > 8
-    figures = [json.loads((r.model / "results.json").read_text()) | {"seconds": 0} for r in (run, plain)]
+    figures = [results.read(r).figures for r in (run, plain)]
     assert figures[0] == figures[1]
 
 

@@ -24,15 +24,14 @@ from post_training.attempt import StopFlag, Watchdog
 from post_training.data.source import DataError
 from post_training.rewards.steps import step_figures
 from post_training.rewards.verify import has_format, is_correct
-from post_training.run import ledger, life
+from post_training.run import ledger, life, results
 from post_training.run.directory import RunDirectory, write_atomic
 from post_training.run.progress import Progress
+from post_training.run.results import Figure, Results
 from post_training.stages.common import Stage, finish, load_causal_lm, load_reward_model, open_stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-VERSION = 1
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
@@ -107,7 +106,7 @@ def evaluate(run: RunDirectory, attempt: int, progress: Progress, watchdog: Watc
     config = json.loads((Path(stage.model_path) / "config.json").read_text()) if Path(stage.model_path).is_dir() else {}
     is_reward_model = any("SequenceClassification" in a for a in config.get("architectures") or [])
     try:
-        results, samples = (judge_reward_model if is_reward_model else judge_policy)(stage, pulse)
+        found, samples = (judge_reward_model if is_reward_model else judge_policy)(stage, pulse)
     except Asked:
         with run.writing_as(attempt):
             ledger.append(run.ledger, "stopped", attempt=attempt, step=0)
@@ -116,7 +115,7 @@ def evaluate(run: RunDirectory, attempt: int, progress: Progress, watchdog: Watc
     partial = run.model.with_name(f"model.partial-{attempt}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    write_atomic(partial / "results.json", json.dumps({"version": VERSION, **results}, indent=1) + "\n")
+    results.write(partial, found)
     write_atomic(partial / "samples.jsonl", "".join(json.dumps(s) + "\n" for s in samples))
     with run.writing_as(attempt):
         finish(run, partial)
@@ -126,7 +125,7 @@ def evaluate(run: RunDirectory, attempt: int, progress: Progress, watchdog: Watc
 
 def judge_reward_model(
     stage: Stage, pulse: Callable[..., None] | None = None
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[Results, list[dict[str, Any]]]:
     """Held-out preference accuracy, margin, mean reward and calibration of a reward model.
 
     pulse: called before each forward pass.
@@ -143,17 +142,14 @@ def judge_reward_model(
     margins = [c - r for c, r in zip(scores["chosen"], scores["rejected"], strict=True)]
     wins = sum(m > 0 for m in margins)
     low, high = wilson_interval(wins, len(margins))
-    results = {
-        "metric": "preference_accuracy",
-        "score": wins / len(margins),
-        "score_low": low,
-        "score_high": high,
-        "count": len(margins),
+    others = {
         "margin": sum(margins) / len(margins),
         "mean_reward": _mean(scores["chosen"] + scores["rejected"]),
         **calibration(margins),
     }
-    return results, []
+    figures = {"preference_accuracy": Figure(wins / len(margins), low, high, len(margins))}
+    figures |= {name: Figure(value) for name, value in others.items()}
+    return Results("preference_accuracy", figures), []
 
 
 @torch.no_grad()
@@ -177,7 +173,7 @@ def _ready(model: PreTrainedModel, pulse: Callable[..., None] | None) -> PreTrai
 
 def judge_policy(
     stage: Stage, pulse: Callable[..., None] | None = None
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[Results, list[dict[str, Any]]]:
     """Greedy accuracy, form, repetition and length on held-out problems; perplexity of held-out text and answers.
 
     pulse: called before each forward pass.
@@ -187,7 +183,7 @@ def judge_policy(
     model = _ready(load_causal_lm(cfg, stage.model_path, tokenizer), pulse)
     source = data.load(cfg.data)
     limit = cfg.eval.num_problems
-    results: dict[str, Any] = {"metric": None, "score": None}
+    figures: dict[str, Figure] = {}
     samples: list[dict[str, Any]] = []
     started = time.monotonic()
 
@@ -206,18 +202,15 @@ def judge_policy(
         form = [has_format(text) for text, _ in answers]
         weights = Reward()
         low, high = wilson_interval(sum(right), len(right))
-        results |= {
-            "metric": "accuracy",
-            "score": sum(right) / len(right),
-            "score_low": low,
-            "score_high": high,
-            "count": len(right),
+        figures["accuracy"] = Figure(sum(right) / len(right), low, high, len(right))
+        others = {
             "format": sum(form) / len(form),
             "reward": _mean([weights.correct * r + weights.format * f for r, f in zip(right, form, strict=True)]),
             "repetition": _mean([repetition(ids) for _, ids in answers]),
             "length": _mean([float(len(ids)) for _, ids in answers]),
             **step_figures([text for text, _ in answers]),
         }
+        figures |= {name: Figure(value) for name, value in others.items() if value is not None}
         samples = [
             {"prompt": p[-1]["content"], "answer": a, "completion": text, "correct": ok}
             for p, a, (text, _), ok in zip(problems["prompt"], problems["answer"], answers, right, strict=True)
@@ -228,9 +221,9 @@ def judge_policy(
             tokens = rows(source, tokenizer, limit, cfg.training.max_length)
         except DataError:
             continue
-        results[name] = perplexity(model, tokens, cfg.eval.batch_size, tokenizer.pad_token_id)
-    results["seconds"] = round(time.monotonic() - started, 1)
-    return results, samples
+        figures[name] = Figure(perplexity(model, tokens, cfg.eval.batch_size, tokenizer.pad_token_id))
+    headline = "accuracy" if "accuracy" in figures else None
+    return Results(headline, figures, seconds=round(time.monotonic() - started, 1)), samples
 
 
 @torch.no_grad()
