@@ -38,9 +38,8 @@ def commit_of(source: Path) -> str | None:
     """
 
     def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "--no-optional-locks", "-C", str(source), *words], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
+        argv = ["git", "--no-optional-locks", "-C", str(source), *words]
+        return subprocess.run(argv, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     try:
         head, top = git("rev-parse", "HEAD", "--show-toplevel").splitlines()
