@@ -12,7 +12,6 @@ import contextlib
 import json
 import math
 import os
-import re
 import secrets
 import sys
 from collections.abc import Iterator, Mapping

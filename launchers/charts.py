@@ -1,0 +1,234 @@
+"""Charts of a report: numbers in, inline SVG out. Pure; matplotlib is imported when the first one is drawn.
+
+Colours are CSS variables of the page, so that one drawing serves light, dark and print. Equal numbers give equal text.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK = {
+    "fg": "#010101", "muted": "#020202", "line": "#030303", "bad": "#040404", "good": "#050505", "grid": "#060606",
+    "lost": "#070707",
+}  # fmt: skip
+"""What is drawn in, and which variable of the page (--fg, ...) it stands for."""
+MOST_POINTS = 800
+"""A longer curve is drawn with so many points, half of them lows and half highs."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One figure over the steps."""
+
+    name: str  # of metrics.jsonl
+    title: str
+    points: list[tuple[float, float]]  # step, value
+    held_out: list[tuple[float, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Onward:
+    """Where an attempt went on: after which step, and the highest step that the one before it had done."""
+
+    step: int
+    reached: int | None
+    planned: bool
+    attempt: int
+    cause: str
+
+
+WANTED: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("loss", ("loss",)),
+    ("reward", ("reward", "mean_reward")),
+    ("KL to the reference, nats", ("kl", "objective/kl", "approx_kl")),
+    ("entropy, nats", ("entropy", "policy/entropy_avg")),
+    ("answer length, tokens", ("completions/mean_length", "completion_length")),
+    ("pairs told apart", ("rewards/accuracies", "accuracy")),
+    ("margin chosen - rejected", ("rewards/margins", "margin")),
+    ("learning rate", ("learning_rate",)),
+    ("gradient norm", ("grad_norm",)),
+    ("tokens/s on each GPU", ("tokens_per_second_per_gpu",)),
+)
+"""Titles of the curves, and the names under which TRL's trainers and ours log them: the first that is there is drawn."""
+
+
+def curves(lines: Sequence[Mapping[str, Any]]) -> list[Curve]:
+    """The curves that a metrics.jsonl has."""
+    series: dict[str, dict[float, float]] = {}
+    for line in lines:
+        if (step := _number(line.get("step"))) is None:
+            continue
+        for name, value in line.items():
+            if (y := _number(value)) is not None:
+                series.setdefault(name, {})[step] = y  # of one step logged twice: the later one
+    found = []
+    for title, names in WANTED:
+        name = next((n for n in names if n in series or f"eval_{n}" in series), None)
+        if name is not None:
+            points, held_out = (sorted(series.get(key, {}).items()) for key in (name, f"eval_{name}"))
+            found.append(Curve(name, title, points, held_out))
+    return found
+
+
+def _number(value: object) -> float | None:
+    good = isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
+    return float(value) if good else None  # type: ignore[arg-type]
+
+
+def thinned(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
+    """At most `most` points: of each of equally many neighbours the lowest and the highest, so that no spike is lost."""
+    if len(points) <= most:
+        return list(points)
+    stretches = most // 2
+    found: list[tuple[float, float]] = []
+    for i in range(stretches):
+        part = points[i * len(points) // stretches : (i + 1) * len(points) // stretches]
+        ends = {min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])}
+        found += sorted(ends)
+    return found
+
+
+# ------------------------------------------------------------------------------------------- drawing
+
+
+def draw_curve(curve: Curve, onward: Sequence[Onward], last_step: float, key: str) -> str:
+    """One curve, 3.4 x 1.9 inches at 72 a inch, with a line where each attempt went on and the steps lost before it.
+
+    key: what tells this drawing from the others of its page.
+    """
+    with _drawing(key) as make:
+        figure, axes = make(3.4, 1.9)
+        for way in onward:
+            if way.reached is not None and way.reached > way.step:
+                axes.axvspan(way.step, way.reached, color=INK["lost"], alpha=0.25, linewidth=0)
+            style = {"linestyle": (0, (3, 2)), "color": INK["muted"]} if way.planned else {"color": INK["bad"]}
+            axes.axvline(way.step, linewidth=0.9, **style)
+        points = thinned(curve.points)
+        if points:
+            alone = {"marker": "o", "markersize": 3} if len(points) == 1 else {}
+            axes.plot(*zip(*points, strict=True), color=INK["line"], linewidth=1.3, **alone)
+        if curve.held_out:
+            axes.plot(*zip(*curve.held_out, strict=True), color=INK["good"], marker="D", markersize=3.5,
+                      linewidth=0.8, linestyle=(0, (1, 2)))  # fmt: skip
+        values = [y for _, y in (*curve.points, *curve.held_out)]
+        log = min(values) > 0 and max(values) > 20 * statistics.median(values)
+        if log:
+            axes.set_yscale("log")
+            from matplotlib.ticker import LogFormatter, NullFormatter
+
+            axes.yaxis.set_major_formatter(LogFormatter(labelOnlyBase=False))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlim(0, max(last_step, 1))
+        axes.set_title(curve.title + (" (log scale)" if log else ""), loc="left", color=INK["fg"], fontsize=9)
+        return _svg(figure, f"{curve.title} over {int(last_step)} steps; last: {_short(values[-1])}")
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def draw_scores(scores: Sequence[tuple[str, float, float | None, float | None]], unit: str, key: str) -> str:
+    """Scores with their 95 % intervals, one below the other: name, value, low, high."""
+    with _drawing(key) as make:
+        figure, axes = make(4.2, 0.55 + 0.27 * len(scores))
+        for place, (_, value, low, high) in enumerate(scores):
+            if low is not None and high is not None:
+                axes.plot([low, high], [place, place], color=INK["line"], linewidth=2, solid_capstyle="butt")
+                for edge in (low, high):
+                    axes.plot([edge, edge], [place - 0.22, place + 0.22], color=INK["line"], linewidth=1.3)
+            axes.plot([value], [place], marker="o", markersize=5, color=INK["line"])
+        axes.set_yticks(range(len(scores)), [name if len(name) <= 24 else f"{name[:23]}…" for name, *_ in scores])
+        axes.tick_params(axis="y", labelsize=9, labelcolor=INK["fg"])
+        axes.set_ylim(len(scores) - 0.5, -0.5)
+        axes.grid(axis="y", visible=False)
+        if unit == "%":
+            axes.set_xlim(-2, 102)
+            axes.set_xticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100 %"])
+        said = ", ".join(f"{name} {_short(value)}" for name, value, _, _ in scores)
+        return _svg(figure, f"scores with 95 % intervals: {said}")
+
+
+class _drawing:
+    """Settings of all drawings, given back after; a figure with the axes that they share."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+    def __enter__(self) -> _drawing:
+        import matplotlib
+        from matplotlib.figure import Figure
+
+        self._figure = Figure
+        self._context = matplotlib.rc_context({
+            "svg.hashsalt": self.key, "svg.fonttype": "none", "text.parse_math": False, "path.simplify": True,
+            "font.size": 8, "axes.linewidth": 0.8, "axes.formatter.limits": (-3, 5), "axes.formatter.useoffset": False,
+            "axes.unicode_minus": False,
+        })  # fmt: skip
+        self._context.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._context.__exit__(*error)
+
+    def __call__(self, width: float, height: float) -> tuple[Figure, Axes]:
+        figure = self._figure(figsize=(width, height), layout="constrained")
+        axes = figure.add_subplot()
+        axes.patch.set_visible(False)
+        figure.patch.set_visible(False)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        for side in ("left", "bottom"):
+            axes.spines[side].set_color(INK["grid"])
+        axes.grid(color=INK["grid"], linewidth=0.6, axis="both")
+        axes.set_axisbelow(True)
+        axes.tick_params(colors=INK["muted"], length=0, labelsize=8)
+        axes.locator_params(axis="both", nbins=5)
+        axes.yaxis.get_offset_text().set_color(INK["muted"])
+        return figure, axes
+
+
+def _svg(figure: Figure, says: str) -> str:
+    import io
+
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    for pattern in (r"<!--.*?-->", r"<metadata>.*?</metadata>", r'<style type="text/css">.*?</style>'):
+        text = re.sub(pattern, "", text, flags=re.DOTALL)
+    text = re.sub(r' id="(figure|axes|patch|text|line2d|matplotlib\.axis|xtick|ytick|[A-Za-z]+Collection)_\d+"', "", text)
+    text = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", text)
+    for name, ink in INK.items():
+        text = text.replace(ink, f"var(--{name})")
+    box = re.search(r'viewBox="[^"]*"', text)
+    assert box is not None
+    start = f'<svg {box.group(0)} role="img" xmlns:xlink="http://www.w3.org/1999/xlink"><title>{html.escape(says)}</title>'
+    return re.sub(r"\n\s*", "\n", start + text[text.index(">") + 1 :]).strip()
+
+
+# --------------------------------------------------------------------------------------- time ticks
+
+UNITS = ((1, "s"), (60, "min"), (3600, "h"), (86400, "d"))
+STEPS = tuple(
+    unit * n for unit, ns in ((1, (1, 2, 5, 10, 15, 30)), (60, (1, 2, 5, 10, 15, 30)), (3600, (1, 2, 3, 6, 12)))
+    for n in ns
+)  # fmt: skip
+
+
+def time_ticks(seconds: float, most: int = 6) -> list[tuple[float, str]]:
+    """Round moments from 0 to `seconds`, at most `most` + 1 of them: seconds, and how they are written."""
+    step = next((s for s in STEPS if seconds / s <= most), None)
+    if step is None:
+        step = 86400 * max(1, math.ceil(seconds / 86400 / most))
+    size, unit = next((size, unit) for size, unit in reversed(UNITS) if step >= size)
+    return [(i * step, f"{i * step // size:g} {unit}" if i else "0") for i in range(int(seconds // step) + 1)]
