@@ -24,6 +24,8 @@ INK = {
 """What is drawn in, and which variable of the page (--fg, ...) it stands for."""
 MOST_POINTS = 800
 """A longer curve is drawn with so many points, half of them lows and half highs."""
+FEW_POINTS = 30
+"""A curve of so few shows each of them."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,11 @@ WANTED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("gradient norm", ("grad_norm",)),
     ("tokens/s on each GPU", ("tokens_per_second_per_gpu",)),
 )
-"""Titles of the curves, and the names under which TRL's trainers and ours log them: the first that is there is drawn."""
+"""Titles of the curves, and the names under which TRL's trainers and ours log them: the first that is there counts."""
+
+LONGEST_NAME = 20
+FROM_ZERO = ("learning_rate", "grad_norm", "tokens_per_second_per_gpu")
+"""Curves whose scale begins at 0: how they move in small says nothing."""
 
 
 def curves(lines: Sequence[Mapping[str, Any]]) -> list[Curve]:
@@ -73,10 +79,11 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> list[Curve]:
                 series.setdefault(name, {})[step] = y  # of one step logged twice: the later one
     found = []
     for title, names in WANTED:
-        name = next((n for n in names if n in series or f"eval_{n}" in series), None)
-        if name is not None:
+        for name in names:
             points, held_out = (sorted(series.get(key, {}).items()) for key in (name, f"eval_{name}"))
-            found.append(Curve(name, title, points, held_out))
+            if points or held_out:
+                found.append(Curve(name, title, points, held_out))
+                break
     return found
 
 
@@ -86,7 +93,7 @@ def _number(value: object) -> float | None:
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
-    """At most `most` points: of each of equally many neighbours the lowest and the highest, so that no spike is lost."""
+    """At most `most` points: of each stretch of neighbours the lowest and the highest, so that no spike is lost."""
     if len(points) <= most:
         return list(points)
     stretches = most // 2
@@ -102,12 +109,12 @@ def thinned(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> l
 
 
 def draw_curve(curve: Curve, onward: Sequence[Onward], last_step: float, key: str) -> str:
-    """One curve, 3.4 x 1.9 inches at 72 a inch, with a line where each attempt went on and the steps lost before it.
+    """One curve, 3.5 x 2 inches at 72 an inch, with a line where each attempt went on and the steps lost before it.
 
     key: what tells this drawing from the others of its page.
     """
     with _drawing(key) as make:
-        figure, axes = make(3.4, 1.9)
+        figure, axes = make(3.5, 2.0, left=0.5, top=0.36)
         for way in onward:
             if way.reached is not None and way.reached > way.step:
                 axes.axvspan(way.step, way.reached, color=INK["lost"], alpha=0.25, linewidth=0)
@@ -115,21 +122,24 @@ def draw_curve(curve: Curve, onward: Sequence[Onward], last_step: float, key: st
             axes.axvline(way.step, linewidth=0.9, **style)
         points = thinned(curve.points)
         if points:
-            alone = {"marker": "o", "markersize": 3} if len(points) == 1 else {}
-            axes.plot(*zip(*points, strict=True), color=INK["line"], linewidth=1.3, **alone)
+            axes.plot(*zip(*points, strict=True), color=INK["line"], linewidth=1.3,
+                      marker="o" if len(points) <= FEW_POINTS else None, markersize=2.2)  # fmt: skip
         if curve.held_out:
             axes.plot(*zip(*curve.held_out, strict=True), color=INK["good"], marker="D", markersize=3.5,
                       linewidth=0.8, linestyle=(0, (1, 2)))  # fmt: skip
         values = [y for _, y in (*curve.points, *curve.held_out)]
         log = min(values) > 0 and max(values) > 20 * statistics.median(values)
         if log:
-            axes.set_yscale("log")
-            from matplotlib.ticker import LogFormatter, NullFormatter
+            from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
-            axes.yaxis.set_major_formatter(LogFormatter(labelOnlyBase=False))
-            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=5))
+            axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+            axes.yaxis.set_minor_locator(NullLocator())
+        elif curve.name in FROM_ZERO and min(values) >= 0:
+            axes.set_ylim(bottom=0)
         axes.set_xlim(0, max(last_step, 1))
-        axes.set_title(curve.title + (" (log scale)" if log else ""), loc="left", color=INK["fg"], fontsize=9)
+        axes.set_title(curve.title + (" (log scale)" if log else ""), loc="left", color=INK["fg"], fontsize=10)
         return _svg(figure, f"{curve.title} over {int(last_step)} steps; last: {_short(values[-1])}")
 
 
@@ -140,14 +150,16 @@ def _short(value: float) -> str:
 def draw_scores(scores: Sequence[tuple[str, float, float | None, float | None]], unit: str, key: str) -> str:
     """Scores with their 95 % intervals, one below the other: name, value, low, high."""
     with _drawing(key) as make:
-        figure, axes = make(4.2, 0.55 + 0.27 * len(scores))
+        names = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name, *_ in scores]
+        left = 0.2 + 0.085 * max(map(len, names))
+        figure, axes = make(4.2, 0.4 + 0.27 * len(scores), left, top=0.06)
         for place, (_, value, low, high) in enumerate(scores):
             if low is not None and high is not None:
                 axes.plot([low, high], [place, place], color=INK["line"], linewidth=2, solid_capstyle="butt")
                 for edge in (low, high):
                     axes.plot([edge, edge], [place - 0.22, place + 0.22], color=INK["line"], linewidth=1.3)
             axes.plot([value], [place], marker="o", markersize=5, color=INK["line"])
-        axes.set_yticks(range(len(scores)), [name if len(name) <= 24 else f"{name[:23]}…" for name, *_ in scores])
+        axes.set_yticks(range(len(scores)), names)
         axes.tick_params(axis="y", labelsize=9, labelcolor=INK["fg"])
         axes.set_ylim(len(scores) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
@@ -171,7 +183,7 @@ class _drawing:
         self._figure = Figure
         self._context = matplotlib.rc_context({
             "svg.hashsalt": self.key, "svg.fonttype": "none", "text.parse_math": False, "path.simplify": True,
-            "font.size": 8, "axes.linewidth": 0.8, "axes.formatter.limits": (-3, 5), "axes.formatter.useoffset": False,
+            "font.size": 9, "axes.linewidth": 0.8, "axes.formatter.limits": (-3, 5), "axes.formatter.useoffset": False,
             "axes.unicode_minus": False,
         })  # fmt: skip
         self._context.__enter__()
@@ -180,9 +192,11 @@ class _drawing:
     def __exit__(self, *error: Any) -> None:
         self._context.__exit__(*error)
 
-    def __call__(self, width: float, height: float) -> tuple[Figure, Axes]:
-        figure = self._figure(figsize=(width, height), layout="constrained")
-        axes = figure.add_subplot()
+    def __call__(self, width: float, height: float, left: float, top: float) -> tuple[Figure, Axes]:
+        """Sizes in inches; left and top: room beside the axes. A layout engine takes twice the time of all the rest."""
+        figure = self._figure(figsize=(width, height))
+        inside = (left / width, 0.24 / height, 1 - (left + 0.16) / width, 1 - (0.24 + top) / height)
+        axes = figure.add_axes(inside)
         axes.patch.set_visible(False)
         figure.patch.set_visible(False)
         for side in ("top", "right"):
@@ -191,7 +205,7 @@ class _drawing:
             axes.spines[side].set_color(INK["grid"])
         axes.grid(color=INK["grid"], linewidth=0.6, axis="both")
         axes.set_axisbelow(True)
-        axes.tick_params(colors=INK["muted"], length=0, labelsize=8)
+        axes.tick_params(colors=INK["muted"], length=0, labelsize=9)
         axes.locator_params(axis="both", nbins=5)
         axes.yaxis.get_offset_text().set_color(INK["muted"])
         return figure, axes
@@ -206,13 +220,14 @@ def _svg(figure: Figure, says: str) -> str:
     text = text[text.index("<svg") :]
     for pattern in (r"<!--.*?-->", r"<metadata>.*?</metadata>", r'<style type="text/css">.*?</style>'):
         text = re.sub(pattern, "", text, flags=re.DOTALL)
-    text = re.sub(r' id="(figure|axes|patch|text|line2d|matplotlib\.axis|xtick|ytick|[A-Za-z]+Collection)_\d+"', "", text)
+    text = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", text)  # figure_1, axes_1, ...: every drawing has them
     text = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", text)
     for name, ink in INK.items():
         text = text.replace(ink, f"var(--{name})")
     box = re.search(r'viewBox="[^"]*"', text)
     assert box is not None
-    start = f'<svg {box.group(0)} role="img" xmlns:xlink="http://www.w3.org/1999/xlink"><title>{html.escape(says)}</title>'
+    title = f"<title>{html.escape(says)}</title>"
+    start = f'<svg {box.group(0)} role="img" xmlns:xlink="http://www.w3.org/1999/xlink">{title}'
     return re.sub(r"\n\s*", "\n", start + text[text.index(">") + 1 :]).strip()
 
 
