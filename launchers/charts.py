@@ -113,13 +113,11 @@ def draw_curve(curve: Curve, onward: Sequence[Onward], last_step: float, key: st
 
     key: what tells this drawing from the others of its page.
     """
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
+
     with _drawing(key) as make:
-        figure, axes = make(3.5, 2.0, left=0.5, top=0.36)
-        for way in onward:
-            if way.reached is not None and way.reached > way.step:
-                axes.axvspan(way.step, way.reached, color=INK["lost"], alpha=0.25, linewidth=0)
-            style = {"linestyle": (0, (3, 2)), "color": INK["muted"]} if way.planned else {"color": INK["bad"]}
-            axes.axvline(way.step, linewidth=0.9, **style)
+        figure, axes = make(3.5, 2.0, left=0.55, top=0.36)
+        _mark(axes, onward)
         points = thinned(curve.points)
         if points:
             axes.plot(*zip(*points, strict=True), color=INK["line"], linewidth=1.3,
@@ -130,17 +128,36 @@ def draw_curve(curve: Curve, onward: Sequence[Onward], last_step: float, key: st
         values = [y for _, y in (*curve.points, *curve.held_out)]
         log = min(values) > 0 and max(values) > 20 * statistics.median(values)
         if log:
-            from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
-
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=5))
-            axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
             axes.yaxis.set_minor_locator(NullLocator())
         elif curve.name in FROM_ZERO and min(values) >= 0:
             axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))  # no power of ten apart from its axis
         axes.set_xlim(0, max(last_step, 1))
-        axes.set_title(curve.title + (" (log scale)" if log else ""), loc="left", color=INK["fg"], fontsize=10)
+        # no set_title: to place it above everything costs more than to draw everything
+        figure.text(0.55 / 3.5, 0.91, curve.title + (" (log scale)" if log else ""), color=INK["fg"], fontsize=10)
         return _svg(figure, f"{curve.title} over {int(last_step)} steps; last: {_short(values[-1])}")
+
+
+def _mark(axes: Axes, onward: Sequence[Onward]) -> None:
+    """The steps that were lost, and a line where each attempt went on: one path of each kind, however many."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    across = axes.get_xaxis_transform()  # steps, and 0 to 1 from below to above
+    lost = [(way.step, way.reached) for way in onward if way.reached is not None and way.reached > way.step]
+    if lost:
+        corners = [corner for a, b in lost for corner in ((a, 0), (b, 0), (b, 1), (a, 1), (a, 0))]
+        codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY] * len(lost)
+        shade = PathPatch(Path(corners, codes), transform=across, facecolor=INK["lost"], alpha=0.25, linewidth=0)
+        shade.set_clip_path(axes.patch)
+        axes.add_artist(shade)
+    for planned, style in ((True, {"linestyle": (0, (3, 2)), "color": INK["muted"]}), (False, {"color": INK["bad"]})):
+        steps = [way.step for way in onward if way.planned == planned]
+        if steps:
+            x = [value for step in steps for value in (step, step, math.nan)]
+            axes.plot(x, [0, 1, math.nan] * len(steps), transform=across, linewidth=0.9, **style)  # type: ignore[arg-type]
 
 
 def _short(value: float) -> str:
@@ -183,8 +200,7 @@ class _drawing:
         self._figure = Figure
         self._context = matplotlib.rc_context({
             "svg.hashsalt": self.key, "svg.fonttype": "none", "text.parse_math": False, "path.simplify": True,
-            "font.size": 9, "axes.linewidth": 0.8, "axes.formatter.limits": (-3, 5), "axes.formatter.useoffset": False,
-            "axes.unicode_minus": False,
+            "font.size": 9, "axes.linewidth": 0.8, "axes.unicode_minus": False,
         })  # fmt: skip
         self._context.__enter__()
         return self
@@ -207,7 +223,6 @@ class _drawing:
         axes.set_axisbelow(True)
         axes.tick_params(colors=INK["muted"], length=0, labelsize=9)
         axes.locator_params(axis="both", nbins=5)
-        axes.yaxis.get_offset_text().set_color(INK["muted"])
         return figure, axes
 
 

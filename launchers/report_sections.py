@@ -335,7 +335,8 @@ def graph(pipeline: Pipeline) -> dict[str, Any]:
         else:
             below = "" if technique in UNTRAINED else "no eval"
         boxes.append({
-            "x": round(x - BOX_WIDTH / 2, 1), "y": y, "name": _cut(look.name, 17), "state": row["state"],
+            "x": round(x - BOX_WIDTH / 2, 1), "y": y, "name": _cut(look.name, 18 if row["state"] == "done" else 12),
+            "state": row["state"], "mark": "✓" if row["state"] == "done" else row["state"],
             "below": _cut(below, 27), "technique": technique if technique != look.name else "",
             "title": ": ".join(filter(None, (look.name, row["state"], row["reason"]))),
         })  # fmt: skip
@@ -418,7 +419,7 @@ def timeline(pipeline: Pipeline) -> dict[str, Any] | None:
         for name, spans in told.items()
     ]  # fmt: skip
     used = {bar["name"] for row in rows for bar in row["bars"]}
-    letters = {end["letter"]: end["word"] for row in rows for end in row["ends"]}
+    letters = dict(pair for row in rows for end in row["ends"] for pair in end["letters"])
     return {
         "rows": rows, "start": start, "seconds": whole,
         "ticks": [{"at": round(100 * at / whole, 2), "text": text} for at, text in charts.time_ticks(whole)],
@@ -457,13 +458,14 @@ def _ends(spans: Sequence[Span], start: float, whole: float) -> list[dict[str, A
             groups.append({"at": at, "last": at, "causes": Counter({(letter, word): 1})})
     found = []
     for group in groups:
-        (letter, word), _ = group["causes"].most_common(1)[0]
         count = sum(group["causes"].values())
         title = ", ".join(f"{n} × {w}" if n > 1 else w for (_, w), n in group["causes"].most_common())
         shown = "".join(dict.fromkeys(mark for mark, _ in group["causes"]))
         at = min(98.5, (group["at"] + group["last"]) / 2)
-        found.append({"at": round(at, 2), "text": shown + (f"×{count}" if count > 1 else ""), "letter": letter,
-                      "word": word, "title": title, "planned": letter in "sx"})  # fmt: skip
+        found.append({
+            "at": round(at, 2), "text": shown + (f"×{count}" if count > 1 else ""), "title": title,
+            "letters": list(group["causes"]), "planned": set(shown) <= set("sx"),
+        })  # fmt: skip
     return found
 
 

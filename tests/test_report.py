@@ -252,7 +252,7 @@ def test_every_requeue_stands_at_its_step(made: Made) -> None:
     marks = [(float(x), style) for x, _, _, style in vertical if "var(--bad)" in style or "dasharray" in style]
     right = max(float(x) for x, _, _, style in vertical if "var(--grid)" in style)
     assert frame < right < width and ">60</text>" in loss
-    for (x, style), (step, word) in zip(marks, ((10, "var(--bad)"), (33, "var(--muted)")), strict=True):
+    for (x, style), (step, word) in zip(sorted(marks), ((10, "var(--bad)"), (33, "var(--muted)")), strict=True):
         assert x == pytest.approx(frame + (right - frame) * step / 60, abs=0.1) and word in style
     shaded = re.findall(r'd="M ([\d.]+) [\d.]+\s+L ([\d.]+) [^"]*z\s*"[^>]*style="fill: var\(--lost\)', loss)
     edges = sorted({float(x) for pair in shaded for x in pair})
@@ -274,7 +274,8 @@ def test_the_timeline_is_the_account(made: Made) -> None:
     drawn = sections.timeline(pipeline)
     assert drawn is not None and drawn["start"] == START
     sft = next(row for row in drawn["rows"] if row["stage"] == "sft")
-    assert [(end["text"], end["word"]) for end in sft["ends"]] == [("c", "crashed"), ("s", "planned stop")]
+    assert [(end["text"], end["title"]) for end in sft["ends"]] == [("c", "crashed"), ("s", "planned stop")]
+    assert drawn["letters"] == {"c": "crashed", "s": "planned stop"}
     per_second = 1000 / drawn["seconds"]
     assert sft["ends"][0]["at"] == pytest.approx(40 * per_second / 10, abs=0.1)
     measured = accounting.account(pipeline.look("sft").story.events).seconds
