@@ -16,7 +16,7 @@ from launchers.plan import freeze
 from launchers.selection import select
 from post_training import train
 from post_training.guardrails import RULES, Alarm, Streaks, completion_kl, look, training_lines
-from post_training.run import life
+from post_training.run import environment, life
 from post_training.run.directory import RunDirectory
 from tests.test_rl import folder, here, start  # noqa: F401  (fixtures)
 from tests.training import events, make_run, metrics, weights
@@ -209,6 +209,7 @@ def test_lower_lr_holds_from_then_on_and_over_a_resume(tmp_path: Path, start: Pa
     assert [e["step"] for e in events(parts, "guardrail")] == steps
     assert rates(parts) == rates(whole)
     assert weights(parts) == weights(whole)
+    assert [line["attempt"] for line in environment.read(parts)] == [1, 2, 3, 4]
 
 
 def test_they_are_part_of_a_run_s_identity_only_where_they_change_weights(tmp_path: Path) -> None:

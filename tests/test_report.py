@@ -417,7 +417,7 @@ def test_a_failed_run_says_why(tmp_path: Path) -> None:
     assert "sft failed: no memory; gave up" in said and "1 failed of 1 runs" in said
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(JUNK, JUNK, JUNK | VALUES.map(lambda v: json.dumps(v).encode()), JUNK, JUNK, JUNK)
 def test_junk_never_stops_it(
     tmp_path_factory: pytest.TempPathFactory, ledger: bytes, metrics: bytes, config: bytes, found: bytes,
@@ -483,6 +483,18 @@ def test_what_an_attempt_runs_on_is_written_down(tmp_path: Path) -> None:
         environment.record(run, 1)
     environment.record(run, 2)
     assert [line["attempt"] for line in environment.read(run)] == [1, 2]
+
+
+def test_runs_are_frozen_with_their_commit(tmp_path: Path) -> None:
+    from launchers import submit
+
+    run = RunDirectory(tmp_path / "sft")
+    run.create()
+    submit._write_code(run, submit.snapshot())
+    commit = environment.commit_of(ROOT)
+    said = environment.describe(run.code)
+    assert (said.get("commit"), said.get("changed")) == ((None, None) if commit is None else (
+        commit.split()[0], commit.endswith(" changed")))  # fmt: skip
 
 
 def test_the_commit_is_of_the_tree_itself(tmp_path: Path) -> None:
@@ -618,10 +630,10 @@ def long_pipeline(base: Path, stages: int = 14, attempts: int = 200, steps: int 
 
 
 def test_a_long_pipeline_is_thinned_and_folded(tmp_path: Path) -> None:
-    made = long_pipeline(tmp_path, stages=3)
+    made = long_pipeline(tmp_path, stages=2)
     page = made.page()
     said = words(page)
-    assert "10,000 points drawn as 600 means" in said and "199 requeues" in said and "Every attempt (205)" in said
+    assert "10,000 points drawn as 600 means" in said and "199 requeues" in said and "Every attempt (203)" in said
     assert len(page.encode()) < 1_500_000
     assert "<details><summary>Every attempt" in page  # too many to stand open
 
@@ -663,7 +675,7 @@ COLORS = """names => names.map(n => {const e = document.createElement('i'); e.st
 
 def test_in_a_browser(browser: Any, made: Made, tmp_path: Path) -> None:
     """From file://, offline: nothing asked for, nothing complained about, nothing cut off, readable in both modes."""
-    long = long_pipeline(tmp_path / "more", stages=5, attempts=30, steps=300)
+    long = long_pipeline(tmp_path / "more", stages=3, attempts=30, steps=300)
     for folder in (made.folder, long.folder):
         report.write(folder, folder / "report.html", time.time())
         for width, scheme in ((1200, "light"), (1200, "dark"), (360, "light")):
