@@ -461,9 +461,8 @@ def _ends(spans: Sequence[Span], start: float, whole: float) -> list[dict[str, A
         count = sum(group["causes"].values())
         title = ", ".join(f"{n} × {w}" if n > 1 else w for (_, w), n in group["causes"].most_common())
         shown = "".join(dict.fromkeys(mark for mark, _ in group["causes"]))
-        at = min(98.5, (group["at"] + group["last"]) / 2)
         found.append({
-            "at": round(at, 2), "text": shown + (f"×{count}" if count > 1 else ""), "title": title,
+            "at": round((group["at"] + group["last"]) / 2, 2), "text": shown + (f"×{count}" if count > 1 else ""), "title": title,
             "letters": list(group["causes"]), "planned": set(shown) <= set("sx"),
         })  # fmt: skip
     return found
