@@ -170,9 +170,14 @@ def server_gpus(cfg: Config) -> int:
     return how.server_gpus if how is not None and how.backend == "vllm_server" and cfg.slurm.gpus_per_node else 0
 
 
+def gpus_per_node(cfg: Config) -> int:
+    """GPUs that a job asks for on each of its nodes: an evaluation is one process, and gets one at most."""
+    return min(1, cfg.slurm.gpus_per_node) if cfg.stage == "eval" else cfg.slurm.gpus_per_node
+
+
 def tasks_per_node(cfg: Config) -> int:
     """One task a GPU that trains; one CPU task where a node has none."""
-    return max(1, cfg.slurm.gpus_per_node - server_gpus(cfg))
+    return max(1, gpus_per_node(cfg) - server_gpus(cfg))
 
 
 def world_size(cfg: Config) -> int:

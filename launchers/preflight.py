@@ -16,7 +16,16 @@ import yaml
 
 from conf import memory
 from conf.chat import check as check_template
-from conf.check import REWARDED, ConfigError, beyond, nearest, parse_wall_time, split_function, tasks_per_node
+from conf.check import (
+    REWARDED,
+    ConfigError,
+    beyond,
+    gpus_per_node,
+    nearest,
+    parse_wall_time,
+    split_function,
+    tasks_per_node,
+)
 from conf.datasets import KNOWN, TRANSFORMS
 from conf.schema import UNTRAINED, Config
 from launchers import graph, slurm
@@ -238,7 +247,8 @@ def check_request(cfg: Config, partitions: Mapping[str, slurm.Partition]) -> Non
         partition = partitions[wanted.partition]
     where = f"partition {partition.name}"
     kinds = sorted({str(kind) for group in partition.groups for kind in group.gpus if kind is not None})
-    if wanted.gpus_per_node and wanted.gpu_type is not None and wanted.gpu_type not in kinds:
+    count = gpus_per_node(cfg)
+    if count and wanted.gpu_type is not None and wanted.gpu_type not in kinds:
         fix = nearest(wanted.gpu_type, kinds) if kinds else "slurm.gpu_type=null"
         raise ConfigError("slurm.gpu_type", wanted.gpu_type, f"{where} has no such GPUs", fix)
 
@@ -246,7 +256,7 @@ def check_request(cfg: Config, partitions: Mapping[str, slurm.Partition]) -> Non
         return group.gpus.get(wanted.gpu_type, 0) if wanted.gpu_type else sum(group.gpus.values())
 
     most = max((gpus(group) for group in partition.groups), default=0)
-    if wanted.gpus_per_node > most:
+    if count > most:
         raise ConfigError(
             "slurm.gpus_per_node",
             wanted.gpus_per_node,
@@ -254,7 +264,7 @@ def check_request(cfg: Config, partitions: Mapping[str, slurm.Partition]) -> Non
             f"slurm.gpus_per_node={most}",
         )
     cpus = wanted.cpus_per_gpu * tasks_per_node(cfg)
-    fitting = [group for group in partition.groups if gpus(group) >= wanted.gpus_per_node]
+    fitting = [group for group in partition.groups if gpus(group) >= count]
     if cpus > (cores := max(group.cpus for group in fitting)):
         fix = f"slurm.cpus_per_gpu={max(1, cores // tasks_per_node(cfg))}"
         raise ConfigError(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from conf.check import ConfigError, parse_wall_time, split_function
+from conf.check import ConfigError, gpus_per_node, parse_wall_time, split_function
 from launchers import cli, slurm
 from launchers.errors import LaunchError, Unanswered
 from launchers.plan import PIPELINE_FILE, Plan, Planned, live_jobs, make_plan, own_files
@@ -307,7 +307,7 @@ def _supervise(plan: Plan) -> int:
             LocalRun(
                 run=p.run,
                 after=tuple(up for up in p.after if up in names),
-                cpus=max(1, p.cfg.slurm.gpus_per_node) * p.cfg.slurm.cpus_per_gpu,
+                cpus=max(1, gpus_per_node(p.cfg)) * p.cfg.slurm.cpus_per_gpu,
                 wall_time=parse_wall_time(p.cfg.slurm.wall_time),
                 signal_time=p.cfg.slurm.signal_time_seconds,
             )
