@@ -412,6 +412,23 @@ class Prepare:
 
 
 @dataclass
+class Gate:
+    """What an eval stage must find before the stages that take the judged model start. At most one of the bounds.
+
+    The figure's value is compared, not its interval. The evaluation is done whatever the gate says; where it does not
+    hold, its job ends with an error, and the stages behind it do not start.
+    """
+
+    metric: str | None = key(None, "the figure: accuracy, pass@8, perplexity_text, <task>/<metric>; null: the headline")
+    at_least: float | None = key(None, "it must be at least this, in its own unit: accuracy is a share, 0 to 1")
+    at_most: float | None = key(None, "it must be at most this, in its own unit")
+    max_drop: float | None = key(None, "it may be worse than the parent's by at most this, in its own unit")
+    parent: str | None = key(
+        None, "max_drop: the eval stage compared with; null: that of the model which the judged stage started from"
+    )
+
+
+@dataclass
 class Node:
     """One stage in a pipeline's graph."""
 
@@ -422,6 +439,7 @@ class Node:
     data: str | None = key(None, "the sample stage whose records it trains on: sft and distill; null: data.*")
     after: list[str] = key([], "further stages that must be done first")
     overrides: list[str] = key([], "Hydra overrides for this stage alone")
+    gate: Gate | None = key(Gate(), "eval: what it must find before the stages that take the judged model start")
 
 
 @dataclass
