@@ -214,7 +214,7 @@ class Speaker:
         size = f"{parameters / 1e6:.2f} M" if parameters < 1e9 else f"{parameters / 1e9:.2f} G"
         dtype = str(self.model.dtype).removeprefix("torch.")
         how = "conversation, through its chat template" if self.chat else "raw: it goes on with each text by itself"
-        return f"{self.chosen.name}: {how} ({size} parameters, {dtype} on {self.device})"
+        return f"{self.chosen.name}: {how} ({size} parameters, {dtype}, {self.device})"
 
     def set_system(self, text: str | None) -> None:
         """The system message from here on; None: none, or the template's own. Raises ChatError for a raw model."""
