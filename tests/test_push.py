@@ -243,9 +243,19 @@ SAMPLES = [{"prompt": "2+3=?", "answer": "5", "completion": "<answer>5</answer>"
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """<base>/pipe with base -> sft -> dpo, two of them judged, all with local paths and secrets in their configs."""
-    pipe = tmp_path / "outputs of me" / "pipe"
+def folder(made: Path, tmp_path: Path) -> Path:
+    """A pipeline of one's own."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    for config in tmp_path.glob("*/*/*/config.yaml"):
+        config.write_text(config.read_text().replace(str(made), str(tmp_path)))
+    return tmp_path / "outputs of me" / "pipe"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """outputs/pipe with base -> sft -> dpo, two of them judged, all with local paths and secrets in their configs."""
+    top = tmp_path_factory.mktemp("made")
+    pipe = top / "outputs of me" / "pipe"
     paths = f"paths.output_base={pipe.parent}"
     base = make_run(pipe, "base", paths)
     sft = make_run(pipe, "sft", paths, "sft.lr=3e-4", model=base.model)
@@ -255,13 +265,13 @@ def folder(tmp_path: Path) -> Path:
         link(run, slurm__env=secret, slurm__account="rich-account", slurm__setup=[f"export KEY={SECRET}"])
         output(run, a_model(), step=40)
         story(run, attempts=3 if run is sft else 1)
-    link(sft, data__path=str(tmp_path / "records of me" / "mine.jsonl"), data__name="custom")
+    link(sft, data__path=str(top / "records of me" / "mine.jsonl"), data__name="custom")
     sft.metrics.write_text('{"step": 40, "num_tokens": 12345.0}\n')
     report = [{"view": "demonstrations", "rows": 17, "sources": [{"name": "custom", "rows": 17}]}]
     sft.data_report.write_text(json.dumps(report))
     judge(pipe, sft, accuracy(0.25, 0.2, 0.3, format=0.5), SAMPLES)
     judge(pipe, dpo, accuracy(0.5, 0.45, 0.55, format=0.9), SAMPLES)
-    return pipe
+    return top
 
 
 def command(folder: Path, *argv: str) -> list[str]:
@@ -674,6 +684,51 @@ def test_configs_that_are_damaged(folder: Path, hub: Hub, capsys: pytest.Capture
     assert (status == 2) == ("error: stage=dpo" in captured.err)
 
 
+JUNK: list[Any] = [None, 3, "x", "/a/b", [], {}, [1], {"a": 1}, [{"name": 3}], True, float("nan")]
+
+
+def places(value: Any, depth: int = 3) -> Iterator[tuple[Any, Any]]:
+    """Every place in plain data, as a container and a key in it."""
+    keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    for key in keys:
+        yield value, key
+        if depth > 1:
+            yield from places(value[key], depth - 1)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_damaged_value_anywhere_is_no_traceback(
+    folder: Path, capsys: pytest.CaptureFixture[str], data: st.DataObject
+) -> None:
+    which = data.draw(st.sampled_from(["dpo", "sft", "eval_dpo"]))
+    path = folder / which / "config.yaml"
+    before = path.read_text()
+    config = yaml.safe_load(before)
+    for container, key in data.draw(st.lists(st.sampled_from(list(places(config))), min_size=1, max_size=3)):
+        container[key] = data.draw(st.sampled_from(JUNK))
+    try:
+        path.write_text(yaml.safe_dump(config))
+        assert push.main(command(folder, "stage=dpo", "repo=me/x", "--dry-run")) in (0, 2)
+    finally:
+        path.write_text(before)
+    captured = capsys.readouterr()
+    assert "\n# pipe/dpo\n" in captured.out or captured.err.startswith("error: stage=dpo")
+
+
+def test_damaged_records_are_passed_over(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("", "[]", "3\n", '{"step": "x"}', "\x00", '{"num_tokens": []}\n{"num_tokens"'):
+        for name in ("sft", "dpo"):
+            run = RunDirectory(folder / name)
+            for path in (run.ledger, run.metrics, run.data_report, run.model / "config.json"):
+                path.write_text(text)
+        (folder / "pipeline.json").write_text(text)
+        about = json.loads((folder / "dpo/model/manifest.json").read_text())
+        about["files"]["config.json"]["bytes"] = len(text)
+        (folder / "dpo/model/manifest.json").write_text(json.dumps(about))
+        assert "\n# pipe/dpo\n" in card_of(folder, capsys)
+
+
 # ------------------------------------------------------------------------------------------------------- escaping
 
 nasty = st.lists(
@@ -685,7 +740,7 @@ nasty = st.lists(
 ).map("".join)  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(nasty, nasty, nasty, nasty, nasty)
 def test_no_text_breaks_the_card(name: str, answer: str, metric: str, value: str, prompt: str) -> None:
     member = card.Member("k", name or "x", name or "y", value, None, name or None, {
