@@ -23,7 +23,7 @@ from typing import Any
 from launchers import slurm, table
 from launchers.errors import LaunchError
 from launchers.local import owned
-from post_training.run import accounting, gate, manifest, results
+from post_training.run import accounting, gate, ledger, manifest, results
 from post_training.run.directory import RunDirectory, load_yaml
 from post_training.run.history import History
 
@@ -528,6 +528,18 @@ def _row(
 
 def account(look: Look, state: str, now: float) -> accounting.Account:
     """Where the run's time went, as far as it is known: an unknown state is told up to its last sign of life."""
+    return accounting.account(*_told(look, state, now))
+
+
+def spans(look: Look, state: str, now: float) -> list[accounting.Span]:
+    """The time of `account` in its order, attempt by attempt."""
+    return accounting.spans(*_told(look, state, now))
+
+
+def _told(
+    look: Look, state: str, now: float
+) -> tuple[tuple[ledger.Event, ...], dict[str, Any] | None, float | None, str | None]:
+    """What the accounting of a run is told."""
     running = look.story.history.running
     progress = table.read_progress(look.run) if running else None
     since = None
@@ -536,7 +548,7 @@ def account(look: Look, state: str, now: float) -> accounting.Account:
     elif state in ("requeued", "queued", "waiting") and running:
         since = "lost"  # SLURM requeued it; its next attempt will close this one
     over = state in ("done", "gated", "unknown")
-    return accounting.account(look.story.events, progress, None if over else now, since)
+    return look.story.events, progress, None if over else now, since
 
 
 def _times(time: accounting.Account) -> dict[str, Any]:

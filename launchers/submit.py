@@ -23,7 +23,7 @@ from launchers.plan import PIPELINE_FILE, Plan, Planned, live_jobs, make_plan, o
 from launchers.preflight import check_cluster, check_leads
 from launchers.render import job_script
 from launchers.selection import Selection, select
-from post_training.run import gate, ledger, life
+from post_training.run import environment, gate, ledger, life
 from post_training.run.directory import RunDirectory, fsync_path, write_atomic
 from post_training.run.history import History, summarise
 
@@ -171,8 +171,9 @@ def _cancel(plan: Plan, undo: _Undo) -> str | None:
 
 
 def snapshot() -> dict[str, bytes]:
-    """The code that runs are frozen with, by relative path, read once for all runs of a command."""
-    return {
+    """The code that runs are frozen with, by relative path, read once for all runs of a command; and its commit."""
+    commit = environment.commit_of(SOURCE)
+    return ({environment.COMMIT: f"{commit}\n".encode()} if commit else {}) | {
         str(path.relative_to(SOURCE)): path.read_bytes()
         for part in SNAPSHOT
         for path in sorted((SOURCE / part).rglob("*"))
