@@ -78,10 +78,13 @@ def freeze(cfg: Config, name: str, run_name: str, inputs: Mapping[str, Any]) -> 
         "model": ("name_or_path", "tokenizer"),
         "data": ("path", "eval_path"),
         "merge": ("adapter",),
+        "eval": ("tasks_path",),
     }.items():
         for key in keys:
             if plain[section][key] not in ("bytes", "train"):  # tokenizers, though files may be called so
                 plain[section][key] = absolute(plain[section][key])
+    for key in ("questions", "reference"):
+        plain["eval"]["judge"][key] = absolute(plain["eval"]["judge"][key])
     plain["model"]["chat_template"] = _frozen_template(cfg.model.chat_template)
     for part in plain["data"]["datasets"]:
         part["path"] = absolute(part["path"])
@@ -127,10 +130,21 @@ def _without_engine(stage: str, section: dict[str, Any]) -> dict[str, Any]:
     """A stage's section with nothing on vLLM but that it generates, where it does: how it is run changes no output."""
     if stage == "eval":
         dropped = {"gpu_memory_utilization"} | ({"backend"} if section.get("backend") == "transformers" else set())
-        return {k: v for k, v in section.items() if k not in dropped}
+        return _without_outside({k: v for k, v in section.items() if k not in dropped})
     how = section.get("generation", {}).get("backend", "transformers")
     rest = {k: v for k, v in section.items() if k != "generation"}
     return rest if how == "transformers" else rest | {"generation": {"backend": how}}
+
+
+def _without_outside(section: dict[str, Any]) -> dict[str, Any]:
+    """An eval's section with nothing on benchmarks and the judge but what is asked of them, where they are asked."""
+    rest = {k: v for k, v in section.items() if k not in ("tasks", "tasks_path", "num_fewshot", "task_limit", "judge")}
+    if section.get("tasks"):
+        rest |= {k: section.get(k) for k in ("tasks", "tasks_path", "num_fewshot", "task_limit")}
+    judge = section.get("judge") or {}
+    if judge.get("base_url") is not None:  # where the judge listens, and how patiently it is asked, changes no verdict
+        rest["judge"] = {k: judge.get(k) for k in ("model", "questions", "reference", "max_new_tokens")}
+    return rest
 
 
 def identity(frozen: Frozen) -> str:

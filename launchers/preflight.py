@@ -28,7 +28,7 @@ from conf.check import (
 )
 from conf.datasets import KNOWN, TRANSFORMS
 from conf.schema import UNTRAINED, Config
-from launchers import graph, slurm
+from launchers import benchmarks, graph, slurm
 from launchers.errors import LaunchError
 from launchers.hub import cache_of, in_cache
 from post_training.run import ledger, life, manifest
@@ -91,6 +91,12 @@ def check_paths(cfg: Config) -> None:
             )  # fmt: skip
     if cfg.data.transform_file is not None:
         _check_transforms(cfg)
+    if cfg.stage == "eval":
+        benchmarks.check(cfg)
+        for name in ("questions", "reference"):
+            path = getattr(cfg.eval.judge, name)
+            if path is not None and not Path(path).expanduser().exists():
+                raise ConfigError(f"eval.judge.{name}", path, "no such file", f"eval.judge.{name}=<a JSONL file>")
     if cfg.stage in REWARDED:
         for function in getattr(cfg, cfg.stage).reward.functions:
             _check_function(f"{cfg.stage}.reward.functions", function.path)

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ from conf.schema import Eval, Reward
 from post_training import data
 from post_training.attempt import StopFlag, Watchdog
 from post_training.data.source import DataError
+from post_training.evaluation.journal import Journal
+from post_training.evaluation.outside import Outside
 from post_training.rewards.steps import step_figures
 from post_training.rewards.verify import has_format, is_correct
 from post_training.run import ledger, life, results
@@ -105,8 +108,12 @@ def evaluate(run: RunDirectory, attempt: int, progress: Progress, watchdog: Watc
     progress.enter("evaluation")
     config = json.loads((Path(stage.model_path) / "config.json").read_text()) if Path(stage.model_path).is_dir() else {}
     is_reward_model = any("SequenceClassification" in a for a in config.get("architectures") or [])
+    outside = None if is_reward_model else Outside(stage.cfg)
     try:
-        found, samples = (judge_reward_model if is_reward_model else judge_policy)(stage, pulse)
+        if outside is None:
+            found, samples = judge_reward_model(stage, pulse)
+        else:
+            found, samples = judge_policy(stage, pulse, outside, Journal(run, attempt))
     except Asked:
         with run.writing_as(attempt):
             ledger.append(run.ledger, "stopped", attempt=attempt, step=0)
@@ -117,6 +124,8 @@ def evaluate(run: RunDirectory, attempt: int, progress: Progress, watchdog: Watc
     partial.mkdir()
     results.write(partial, found)
     write_atomic(partial / "samples.jsonl", "".join(json.dumps(s) + "\n" for s in samples))
+    if outside is not None:
+        outside.write(partial)
     with run.writing_as(attempt):
         finish(run, partial)
     progress.enter("saving")
@@ -172,7 +181,10 @@ def _ready(model: PreTrainedModel, pulse: Callable[..., None] | None) -> PreTrai
 
 
 def judge_policy(
-    stage: Stage, pulse: Callable[..., None] | None = None
+    stage: Stage,
+    pulse: Callable[..., None] | None = None,
+    outside: Outside | None = None,
+    journal: Journal | None = None,
 ) -> tuple[Results, list[dict[str, Any]]]:
     """Greedy accuracy, form, repetition and length on held-out problems; perplexity of held-out text and answers.
 
@@ -223,6 +235,20 @@ def judge_policy(
             continue
         figures[name] = Figure(perplexity(model, tokens, cfg.eval.batch_size, tokenizer.pad_token_id))
     headline = "accuracy" if "accuracy" in figures else None
+    if outside is not None and journal is not None and pulse is not None:
+
+        def answer(prompts: list[str], longest: int) -> list[str]:
+            how = replace(cfg.eval, max_new_tokens=min(longest, model.config.max_position_embeddings // 2))
+            asked = [[{"role": "user", "content": p}] for p in prompts]
+            if how.backend == "vllm":
+                found = answers_by_vllm(model, tokenizer, asked, how, pulse)
+            else:
+                found = greedy_answers(model, tokenizer, asked, how.max_new_tokens, how.batch_size)
+            return [text for text, _ in found]
+
+        others = outside.ask(model, tokenizer, journal, pulse, answer)
+        figures |= others
+        headline = headline or next(iter(others), None)
     return Results(headline, figures, seconds=round(time.monotonic() - started, 1)), samples
 
 
