@@ -22,10 +22,12 @@ INK = {
     "lost": "#070707",
 }  # fmt: skip
 """What is drawn in, and which variable of the page (--fg, ...) it stands for."""
-MOST_POINTS = 800
-"""A longer curve is drawn with so many points, half of them lows and half highs."""
+MOST_POINTS = 600
+"""A longer curve is drawn as the means of so many stretches, in a band from their lowest to their highest points."""
 FEW_POINTS = 30
 """A curve of so few shows each of them."""
+MANY_ONWARD = 30
+"""More requeues than these are marked at the foot of a drawing alone, or they would hide the curve."""
 
 
 @dataclass(frozen=True)
@@ -92,16 +94,24 @@ def _number(value: object) -> float | None:
     return float(value) if good else None  # type: ignore[arg-type]
 
 
-def thinned(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
-    """At most `most` points: of each stretch of neighbours the lowest and the highest, so that no spike is lost."""
-    if len(points) <= most:
-        return list(points)
-    stretches = most // 2
-    found: list[tuple[float, float]] = []
-    for i in range(stretches):
-        part = points[i * len(points) // stretches : (i + 1) * len(points) // stretches]
-        ends = {min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])}
-        found += sorted(ends)
+@dataclass(frozen=True)
+class Stretch:
+    """Neighbouring points as one."""
+
+    step: float  # of the middle one
+    mean: float
+    low: float
+    high: float
+
+
+def thinned(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[Stretch]:
+    """At most `most` stretches of equally many points; each by itself where there are no more than that."""
+    count = min(most, len(points))
+    found = []
+    for i in range(count):
+        part = points[i * len(points) // count : (i + 1) * len(points) // count]
+        values = [y for _, y in part]
+        found.append(Stretch(part[len(part) // 2][0], statistics.fmean(values), min(values), max(values)))
     return found
 
 
@@ -119,8 +129,12 @@ def draw_curve(curve: Curve, onward: Sequence[Onward], last_step: float, key: st
         figure, axes = make(3.5, 2.0, left=0.55, top=0.36)
         _mark(axes, onward)
         points = thinned(curve.points)
+        steps = [p.step for p in points]
+        if len(points) < len(curve.points):
+            band = [p.low for p in points], [p.high for p in points]
+            axes.fill_between(steps, *band, color=INK["line"], alpha=0.3, linewidth=0)
         if points:
-            axes.plot(*zip(*points, strict=True), color=INK["line"], linewidth=1.3,
+            axes.plot(steps, [p.mean for p in points], color=INK["line"], linewidth=1.3,
                       marker="o" if len(points) <= FEW_POINTS else None, markersize=2.2)  # fmt: skip
         if curve.held_out:
             axes.plot(*zip(*curve.held_out, strict=True), color=INK["good"], marker="D", markersize=3.5,
@@ -129,7 +143,8 @@ def draw_curve(curve: Curve, onward: Sequence[Onward], last_step: float, key: st
         log = min(values) > 0 and max(values) > 20 * statistics.median(values)
         if log:
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=5))
+            few_decades = max(values) < 100 * min(values)
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few_decades else (1,), numticks=5))
             axes.yaxis.set_minor_locator(NullLocator())
         elif curve.name in FROM_ZERO and min(values) >= 0:
             axes.set_ylim(bottom=0)
@@ -146,9 +161,10 @@ def _mark(axes: Axes, onward: Sequence[Onward]) -> None:
     from matplotlib.path import Path
 
     across = axes.get_xaxis_transform()  # steps, and 0 to 1 from below to above
+    top = 1 if len(onward) <= MANY_ONWARD else 0.08
     lost = [(way.step, way.reached) for way in onward if way.reached is not None and way.reached > way.step]
     if lost:
-        corners = [corner for a, b in lost for corner in ((a, 0), (b, 0), (b, 1), (a, 1), (a, 0))]
+        corners = [corner for a, b in lost for corner in ((a, 0), (b, 0), (b, top), (a, top), (a, 0))]
         codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY] * len(lost)
         shade = PathPatch(Path(corners, codes), transform=across, facecolor=INK["lost"], alpha=0.25, linewidth=0)
         shade.set_clip_path(axes.patch)
@@ -157,7 +173,7 @@ def _mark(axes: Axes, onward: Sequence[Onward]) -> None:
         steps = [way.step for way in onward if way.planned == planned]
         if steps:
             x = [value for step in steps for value in (step, step, math.nan)]
-            axes.plot(x, [0, 1, math.nan] * len(steps), transform=across, linewidth=0.9, **style)  # type: ignore[arg-type]
+            axes.plot(x, [0, top, math.nan] * len(steps), transform=across, linewidth=0.9, **style)  # type: ignore[arg-type]
 
 
 def _short(value: float) -> str:
@@ -211,7 +227,7 @@ class _drawing:
     def __call__(self, width: float, height: float, left: float, top: float) -> tuple[Figure, Axes]:
         """Sizes in inches; left and top: room beside the axes. A layout engine takes twice the time of all the rest."""
         figure = self._figure(figsize=(width, height))
-        inside = (left / width, 0.24 / height, 1 - (left + 0.16) / width, 1 - (0.24 + top) / height)
+        inside = (left / width, 0.24 / height, 1 - (left + 0.25) / width, 1 - (0.24 + top) / height)
         axes = figure.add_axes(inside)
         axes.patch.set_visible(False)
         figure.patch.set_visible(False)

@@ -706,6 +706,8 @@ def written(value: Any) -> str:
     """A value as a config has it."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # 1.0 of a file and 1 of the schema
     text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
     return _cut(text, 300)
 
