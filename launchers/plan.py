@@ -85,6 +85,7 @@ def freeze(cfg: Config, name: str, run_name: str, inputs: Mapping[str, Any]) -> 
     plain["model"]["chat_template"] = _frozen_template(cfg.model.chat_template)
     for part in plain["data"]["datasets"]:
         part["path"] = absolute(part["path"])
+    plain["eval"]["text"]["path"] = absolute(plain["eval"]["text"]["path"])
     own = own_files(cfg)
     if cfg.data.transform_file is not None:
         plain["data"]["transform_file"] = own[cfg.data.transform_file][0]
@@ -108,6 +109,8 @@ def determining(frozen: Frozen) -> dict[str, Any]:
     """The part of a frozen config that determines the output: where and how fast it runs is not in it."""
     stage = frozen["stage"]
     inputs = {role: source and (source["identity"] or source["path"]) for role, source in frozen["inputs"].items()}
+    if stage == "eval" and (frozen["inputs"].get("reference") or {}).get("derived"):
+        inputs["reference"] = None  # it follows from the model
     if inputs.get("data") is None:  # as above
         inputs.pop("data", None)
     parts = {section: frozen[section] for section in ("stage", "seed", "model", "data", "training", stage)}
@@ -126,7 +129,11 @@ def determining(frozen: Frozen) -> dict[str, Any]:
 def _without_engine(stage: str, section: dict[str, Any]) -> dict[str, Any]:
     """A stage's section with nothing on vLLM but that it generates, where it does: how it is run changes no output."""
     if stage == "eval":
-        dropped = {"gpu_memory_utilization"} | ({"backend"} if section.get("backend") == "transformers" else set())
+        dropped = {"gpu_memory_utilization", "base_text"}  # the model's identity says on which base it stands
+        dropped |= {"backend"} if section.get("backend") == "transformers" else set()
+        dropped |= {key for key in ("num_samples", "num_instructions") if not section.get(key)}
+        dropped |= {"text"} if (section.get("text") or {}).get("name") is None else set()
+        dropped |= {"temperature"} if "num_samples" in dropped else set()
         return {k: v for k, v in section.items() if k not in dropped}
     how = section.get("generation", {}).get("backend", "transformers")
     rest = {k: v for k, v in section.items() if k != "generation"}
@@ -462,9 +469,30 @@ def _trains_tokenizer(selection: Selection, name: str) -> bool:
     return path is None and [*(m["tokenizer"] for m in before), selection.config(name).model.tokenizer][0] == "train"
 
 
+def base_text(selection: Selection, name: str) -> dict[str, Any]:
+    """The data, frozen, of the base stage that an eval's line begins with: all models of the line are measured on its
+    text. {}: there is none, or it is the eval's own data, or takes transforms of the user's that the eval lacks."""
+    first, mine = name, selection.config(name)
+    while (source := sources(selection, first)["model"] or "").startswith("stage:"):
+        first = source.removeprefix("stage:")
+    base = selection.config(first)
+    if base.stage != "base" or base.data.transform_file not in (None, mine.data.transform_file):
+        return {}
+    theirs, ours = (freeze(cfg, name, selection.run_name, {})["data"] for cfg in (base, mine))
+    return theirs if theirs != ours else {}
+
+
+def _start_model(judged: Frozen | None) -> dict[str, Any] | None:
+    """The model that a judged policy's stage started from, as an eval's reference; None where there is none."""
+    start = ((judged or {}).get("inputs") or {}).get("model")
+    return {**start, "derived": True} if start and (judged or {}).get("stage") not in ("rm", "sample") else None
+
+
 def _completed(selection: Selection, name: str) -> Config:
-    """A stage's config; of a prepare stage, with its targets."""
+    """A stage's config; of a prepare stage with its targets, of an eval with the base stage's text."""
     cfg = selection.config(name)
+    if cfg.stage == "eval" and cfg.eval.text.name is None:
+        return replace(cfg, eval=replace(cfg.eval, base_text=base_text(selection, name)))
     if cfg.stage != "prepare":
         return cfg
     return replace(cfg, prepare=replace(cfg.prepare, targets=prepare_targets(selection, name)))
@@ -485,24 +513,30 @@ def make_plan(selection: Selection, ask: bool = True) -> Plan:
     finished = cache(lambda: finished_runs(selection.output_base))  # looked for once, if at all
 
     upstream: dict[str, tuple[Path, str | None, list[str]]] = {}  # run directory, identity, jobs to wait for
+    configs: dict[str, Frozen | None] = {}
     for up in outside:
         there = found.get(roots[up], Found())
         if there.config is None and (same := finished().get(expected_identity(selection, up))) is not None:
             roots[up], there = same, Found(RunDirectory(same).read_config(), whole=True)
         user = next(name for name in selection.wanted if up in needed[name])
         jobs = _wait_for(user, up, there, roots[up], selection.config(user))
-        upstream[up] = (roots[up], (there.config or {}).get("identity"), jobs)
+        upstream[up], configs[up] = (roots[up], (there.config or {}).get("identity"), jobs), there.config
 
     planned: dict[str, Planned] = {}
     for name in selection.wanted:
         cfg = _completed(selection, name)
         inputs: dict[str, Any] = {}
+        judged: Frozen | None = None
         for role, source in origins[name].items():
             kind, _, value = (source or "").partition(":")
             if kind == "path":
                 inputs[role] = _path_input(value)
             elif kind == "stage":
                 inputs[role] = _run_input(*upstream[value][:2])
+                if cfg.stage == "eval" and role == "model":
+                    judged = configs[value]
+        if cfg.stage == "eval" and inputs.get("reference") is None:
+            inputs["reference"] = _start_model(judged)
         frozen = freeze(cfg, name, selection.run_name, inputs)
         root = roots[name]
         decision = decide(name, frozen, found.get(root, Found()), root)
@@ -522,7 +556,7 @@ def make_plan(selection: Selection, ask: bool = True) -> Plan:
             history=here.history,
         )  # fmt: skip
         own = planned[name].job_id
-        upstream[name] = (root, frozen["identity"], [own] if own is not None else [])
+        upstream[name], configs[name] = (root, frozen["identity"], [own] if own is not None else []), frozen
     _check_restart(planned)
     keep = {name: entry for name, entry in described.items() if name not in planned} if selection.only_one else {}
     for up in outside:
