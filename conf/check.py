@@ -6,6 +6,7 @@ import difflib
 import importlib.util
 import math
 import re
+import urllib.parse
 from collections.abc import Iterable
 
 from conf.datasets import KNOWN, STAGE_VIEWS, TRANSFORMS, VIEWS, having, views_of
@@ -79,6 +80,12 @@ AT_LEAST: dict[str, float] = {
     "eval.max_new_tokens": 1,
     "eval.num_samples": 0,
     "eval.num_instructions": 0,
+    "eval.num_fewshot": 0,
+    "eval.task_limit": 1,
+    "eval.judge.max_new_tokens": 1,
+    "eval.judge.concurrency": 1,
+    "eval.judge.timeout_seconds": 1,
+    "eval.judge.max_retries": 0,
     "parallel.timeout_minutes": 1,
     "lora.r": 1,
     "lora.alpha": 1,
@@ -172,9 +179,14 @@ def server_gpus(cfg: Config) -> int:
     return how.server_gpus if how is not None and how.backend == "vllm_server" and cfg.slurm.gpus_per_node else 0
 
 
+def gpus_per_node(cfg: Config) -> int:
+    """GPUs that a job asks for on each of its nodes: an evaluation is one process, and gets one at most."""
+    return min(1, cfg.slurm.gpus_per_node) if cfg.stage == "eval" else cfg.slurm.gpus_per_node
+
+
 def tasks_per_node(cfg: Config) -> int:
     """One task a GPU that trains; one CPU task where a node has none."""
-    return max(1, cfg.slurm.gpus_per_node - server_gpus(cfg))
+    return max(1, gpus_per_node(cfg) - server_gpus(cfg))
 
 
 def world_size(cfg: Config) -> int:
@@ -240,6 +252,9 @@ def check_run(cfg: Config) -> None:
         _check_reward(cfg)
     if cfg.stage == "dpo":
         _check_dpo(cfg)
+    if cfg.stage == "eval":
+        _check_benchmarks(cfg)
+        _check_judge(cfg)
     _check_vllm(cfg)
 
 
@@ -635,6 +650,55 @@ def _check_vllm(cfg: Config) -> None:
             problem = f"none of slurm.gpus_per_node={gpus} would be left to train"
             fix = f"{where}.server_gpus={gpus - 1}" if gpus > 1 else f"{where}.backend=vllm"
             raise ConfigError(f"{where}.server_gpus", how.server_gpus, problem, fix)
+
+
+def _check_benchmarks(cfg: Config) -> None:
+    """Refuse benchmarks where lm-eval is not installed. Which there are is known in the job, and to preflight."""
+    how = cfg.eval
+    if not how.tasks:
+        for name in ("tasks_path", "num_fewshot", "task_limit"):
+            if getattr(how, name) is not None:
+                fix = f"eval.tasks=[<a benchmark>], or eval.{name}=null"
+                raise ConfigError(f"eval.{name}", getattr(how, name), "no benchmark is asked for", fix)
+        return
+    for name in how.tasks:
+        if how.tasks.count(name) > 1:
+            raise ConfigError("eval.tasks", name, "is there twice", "name it once")
+    # the Python that submits runs the jobs too, unless cluster.python says otherwise
+    if cfg.cluster.python is None and importlib.util.find_spec("lm_eval") is None:
+        fix = "pip install 'post-training[lm-eval]', or eval.tasks=[]"
+        raise ConfigError("eval.tasks", ",".join(how.tasks), "the package lm-eval is not installed", fix)
+
+
+def _check_judge(cfg: Config) -> None:
+    """Refuse a judge that cannot be asked. Whether it answers is known in the job."""
+    judge, key = cfg.eval.judge, "OPENAI_API_KEY"
+    if judge.base_url is None:
+        for name in ("model", "questions", "reference"):
+            if getattr(judge, name) is not None:
+                fix = f"eval.judge.base_url=<the judge's server>, or eval.judge.{name}=null"
+                raise ConfigError(f"eval.judge.{name}", getattr(judge, name), "there is no judge", fix)
+        return
+    try:
+        parts = urllib.parse.urlsplit(judge.base_url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        parts, host = urllib.parse.urlsplit(""), None
+    if "@" in parts.netloc or parts.query:
+        fix = f"leave it out, and export {key} in the shell that submits"
+        raise ConfigError("eval.judge.base_url", "...", "a secret must not be in a frozen config", fix)
+    if parts.scheme not in ("http", "https") or not host:
+        fix = "write it as in http://node7:8000/v1"
+        raise ConfigError("eval.judge.base_url", judge.base_url, "is no URL of a server", fix)
+    if judge.model is None:
+        fix = "eval.judge.model=<the judge's name at that server>"
+        raise ConfigError("eval.judge.model", None, "the server has to be told which model judges", fix)
+    if key in cfg.slurm.env:
+        fix = f"leave it out, and export {key} in the shell that submits"
+        raise ConfigError(f"slurm.env.{key}", "...", "a secret must not be in a frozen config", fix)
+    if cfg.cluster.python is None and importlib.util.find_spec("openai") is None:
+        fix = "pip install 'post-training[judge]', or eval.judge.base_url=null"
+        raise ConfigError("eval.judge.base_url", judge.base_url, "the package openai is not installed", fix)
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

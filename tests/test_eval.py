@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from decimal import Decimal, getcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -200,9 +201,8 @@ def test_greedy_answers_do_not_depend_on_the_batch(
 
 def greedy(model: LlamaForCausalLM, tokenizer, batch_size: int) -> list[answers.Answer]:
     texts = answers.rendered(tokenizer, chats(PROMPTS))
-    return in_batches(
-        lambda batch: [a[0] for a in answers.by_transformers(model, tokenizer, 24, batch, 1, 0.0, 0)], texts, batch_size
-    )
+    ask = partial(answers.by_transformers, lambda: model, tokenizer, 24)
+    return in_batches(lambda batch: [a[0] for a in ask(batch, 1, 0.0, 0)], texts, batch_size)
 
 
 def test_greedy_answers_are_those_of_generate(model: LlamaForCausalLM, tokenizer) -> None:
@@ -234,7 +234,8 @@ def test_reward_scores_do_not_depend_on_the_batch(tokenizer) -> None:
 def test_sampled_answers_are_drawn_from_the_model_and_its_seed(model: LlamaForCausalLM, tokenizer) -> None:
     """The same seed draws the same; the first token's frequencies are the softmax at that temperature."""
     texts = answers.rendered(tokenizer, chats(PROMPTS[:1]))
-    first, again, other = (answers.by_transformers(model, tokenizer, 1, texts, 4000, 0.7, s)[0] for s in (5, 5, 6))
+    ask = partial(answers.by_transformers, lambda: model, tokenizer, 1)
+    first, again, other = (ask(texts, 4000, 0.7, seed)[0] for seed in (5, 5, 6))
     assert first == again != other
     ids = tokenizer(texts, add_special_tokens=False, return_tensors="pt")["input_ids"]
     with torch.no_grad():

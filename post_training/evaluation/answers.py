@@ -36,7 +36,7 @@ def _answer(ids: list[int], eos: int) -> Answer:
 
 @torch.no_grad()
 def by_transformers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int,
+    model: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, max_new_tokens: int,
     texts: Sequence[str], count: int, temperature: float, seed: int,
 ) -> list[list[Answer]]:  # fmt: skip
     """An Answerer once its first three arguments are bound. All of `texts` are one batch, padded on the left.
@@ -46,13 +46,13 @@ def by_transformers(
     from transformers import set_seed
 
     tokenizer.padding_side = "left"
-    batch = tokenizer(list(texts), add_special_tokens=False, padding=True, return_tensors="pt").to(model.device)
+    batch = tokenizer(list(texts), add_special_tokens=False, padding=True, return_tensors="pt").to(model().device)
     drawn: dict[str, Any] = {"do_sample": False}
     if temperature:
         set_seed(seed)
         # top_k, top_p: those of the model's generation_config would make pass@k another figure for each model
         drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "num_return_sequences": count}
-    out = model.generate(
+    out = model().generate(
         **batch, **drawn, max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,13 +63,37 @@ class Policy:
     # -- what is asked
 
     def plan(self) -> None:
-        """Add what the data can ask to the work. Raises DataError where that is nothing."""
+        """Add what the data can ask to the work."""
         self._ask()
         self._read()
         self._compare()
-        if not self.work.parts:
-            problem = "has no held-out problems, answers or documents"
-            raise self.problem or DataError(f"data.name={self.cfg.data.name}: {problem}\n  fix: another data set")
+
+    def nothing(self) -> DataError:
+        """Why the data can ask nothing."""
+        problem = "has no held-out problems, answers or documents"
+        return self.problem or DataError(f"data.name={self.cfg.data.name}: {problem}\n  fix: another data set")
+
+    def answer(self, prompts: Sequence[str], longest: int) -> list[str]:
+        """Greedy answers of at most `longest` tokens to questions from outside, such as the judge's."""
+        require_template(self.stage)
+        room = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        how = replace(self.how, max_new_tokens=min(longest, room // 2) if room else longest)
+        texts = answers.rendered(self.tokenizer, [[data.user(p)] for p in prompts])
+        found: list[str] = [""] * len(texts)
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        ask = self._answerer(how, texts)
+        for i in range(0, len(order), how.batch_size):
+            batch = order[i : i + how.batch_size]
+            for number, said in zip(batch, ask([texts[n] for n in batch], 1, 0.0, 0), strict=True):
+                found[number] = self.text(said[0])
+        return found
+
+    def _answerer(self, how: Eval, texts: Sequence[str]) -> answers.Answerer:
+        """Who answers these texts."""
+        if how.backend == "vllm":
+            longest = max(len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+            return answers.by_vllm(self.model, self.tokenizer, how, longest, self.work.pulse)
+        return partial(answers.by_transformers, self.model, self.tokenizer, how.max_new_tokens)
 
     def view(self, view: str, source: data.Source) -> Dataset | None:
         """The held-out rows of a view, at most eval.num_problems; None where the data set has none of them."""
@@ -97,12 +121,9 @@ class Policy:
         room = getattr(self.config, "n_positions", 0) - longest
         fix = f"eval.max_new_tokens={room}" if room > 0 else "data with shorter prompts, or another model"
         require_positions(self.config, "eval.max_new_tokens", how.max_new_tokens, longest + how.max_new_tokens, fix)
-        if how.backend == "vllm":
-            answer = answers.by_vllm(self.model, tokenizer, how, longest, self.work.pulse)
-            size = 4 * how.batch_size  # it batches by itself; with more at hand it waits less for the longest
-        else:
-            answer = self._by_transformers
-            size = how.batch_size
+        answer = self._answerer(how, [*asked, *told])
+        # vLLM batches by itself; with more at hand it waits less for the longest
+        size = how.batch_size * (4 if how.backend == "vllm" else 1)
 
         def greedily(_: int, batch: list[str]) -> list[Any]:
             return [found[0] for found in answer(batch, 1, 0.0, 0)]
@@ -118,10 +139,6 @@ class Policy:
                 self.settings |= {"num_samples": how.num_samples, "temperature": how.temperature}
         if told:
             self.followed = self.work.add("instructions", told, size, greedily, length=len)
-
-    def _by_transformers(self, texts: Sequence[str], count: int, temperature: float, seed: int) -> Any:
-        how = self.how.max_new_tokens
-        return answers.by_transformers(self.model(), self.tokenizer, how, texts, count, temperature, seed)
 
     def _read(self) -> None:
         """Likelihoods of held-out documents and answers."""

@@ -86,6 +86,7 @@ METRICS: dict[str, Metric] = {
     "mean_reward": Metric("mean r", "{:.2f}", 0, "mean reward of all held-out answers"),
     "judge": Metric("judge", "{:.2f}", 1, "mean score by the judge, 1 to 10"),
     "judge_win_rate": _share("wins", "questions on which the judge prefers the answer to the reference's"),
+    "judge_unread": Metric("unread", "{:.0f}", -1, "verdicts of the judge that could not be read, and were left out"),
 }
 """Every figure that an evaluation of ours can find; beside these `pass@<k>`, and `<task>/<metric>` of a benchmark."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from post_training.data.source import DataError
 from post_training.evaluation import figures, scoring
 from post_training.evaluation.journal import Journal
 from post_training.evaluation.models import config_of, first, loaded, require_positions, require_template
+from post_training.evaluation.outside import Outside
 from post_training.evaluation.policy import Policy, Samples
 from post_training.evaluation.work import Asked, Told, Work, make_pulse
 from post_training.run import ledger, life, results
@@ -42,8 +44,12 @@ def evaluate(run: RunDirectory, attempt: int, progress: Progress, watchdog: Watc
     work = Work(Journal(run, attempt), pulse, told)
     progress.enter("evaluation")
     is_reward_model = any("SequenceClassification" in a for a in config.architectures or [])
+    outside = None if is_reward_model else Outside(stage.cfg)
     try:
-        found, samples = (judge_reward_model if is_reward_model else judge_policy)(stage, config, work)
+        if outside is None:
+            found, samples = judge_reward_model(stage, config, work)
+        else:
+            found, samples = judge_policy(stage, config, work, outside)
     except Asked:
         told.say()
         with run.writing_as(attempt):
@@ -56,6 +62,8 @@ def evaluate(run: RunDirectory, attempt: int, progress: Progress, watchdog: Watc
     folder.mkdir()
     results.write(folder, found)
     write_atomic(folder / "samples.jsonl", "".join(json.dumps(s) + "\n" for s in samples))
+    if outside is not None:
+        outside.write(folder)
     with run.writing_as(attempt):
         finish(run, folder)
     progress.enter("saving")
@@ -91,11 +99,19 @@ def judge_reward_model(stage: Stage, config: PretrainedConfig, work: Work) -> tu
     return Results("preference_accuracy", found, settings, work.seconds), []
 
 
-def judge_policy(stage: Stage, config: PretrainedConfig, work: Work) -> tuple[Results, Samples]:
-    """All that the data can ask a policy: answers, likelihoods, and its distance from its start model."""
+def judge_policy(
+    stage: Stage, config: PretrainedConfig, work: Work, outside: Outside
+) -> tuple[Results, Samples]:
+    """All that the data can ask a policy (answers, likelihoods, its distance from its start model), then `outside`."""
     policy = Policy(stage, config, work)
     policy.plan()
+    if not work.parts and not outside.asks:
+        raise policy.nothing()
     work.run()
-    found = policy.figures()
-    headline = next((name for name in ("accuracy", "instructions") if name in found), None)
-    return Results(headline, found, policy.settings, work.seconds), policy.samples()
+    found, started = policy.figures(), time.monotonic()
+    theirs: dict[str, Figure] = {}
+    if outside.asks:
+        theirs = outside.ask(policy.model(), stage.tokenizer, work.journal, work.pulse, policy.answer)
+    headline = next((name for name in ("accuracy", "instructions", *theirs) if name in found | theirs), None)
+    seconds = round(work.seconds + time.monotonic() - started, 1)
+    return Results(headline, found | theirs, policy.settings, seconds), policy.samples()
