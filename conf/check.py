@@ -701,5 +701,45 @@ def _check_judge(cfg: Config) -> None:
         raise ConfigError("eval.judge.base_url", judge.base_url, "the package openai is not installed", fix)
 
 
+def check_serve(cfg: Config) -> None:
+    """Refuse a server that cannot be started as asked. Raises ConfigError."""
+    serve = cfg.serve
+    for name, options in {
+        "serve.engine": ("auto", "vllm", "transformers"),
+        "serve.dtype": ("auto", "float32", "bfloat16", "float16"),
+    }.items():
+        value = lookup(cfg, name)
+        if value not in options:
+            raise ConfigError(name, value, f"must be one of {', '.join(options)}", nearest(str(value), options))
+    if serve.gpus < 1:
+        raise ConfigError("serve.gpus", serve.gpus, "must be at least 1", "slurm.gpus_per_node=0 for a server on CPUs")
+    for name in ("serve.port", "serve.page_port"):
+        port = lookup(cfg, name)
+        if isinstance(port, int) and not 1024 <= port <= 65535:
+            raise ConfigError(name, port, "is no port that a user may take: 1024 to 65535", f"{name}=8000")
+    try:
+        parse_wall_time(serve.wall_time)
+    except ConfigError as error:
+        raise ConfigError("serve.wall_time", serve.wall_time, error.problem, error.fix) from None
+    own = {
+        "--host": "it answers on 127.0.0.1 alone", "--port": "serve.port says it", "--dtype": "serve.dtype says it",
+        "--served-model-name": "it has the stage's name", "--tensor-parallel-size": "serve.gpus says it",
+    }  # fmt: skip
+    for argument in serve.arguments:
+        flag = argument.partition("=")[0]
+        if "key" in flag or "token" in flag:
+            problem = "a secret must not be in a job script, nor among the processes that others see"
+            raise ConfigError("serve.arguments", flag, problem, "export VLLM_API_KEY in the shell that submits")
+        if flag in own:
+            raise ConfigError("serve.arguments", argument, own[flag], "leave it out")
+    for name in cfg.slurm.env:
+        if name.endswith(("_API_KEY", "_TOKEN")):
+            fix = f"leave it out, and export {name} in the shell that submits"
+            raise ConfigError(f"slurm.env.{name}", "...", "a secret must not be in a job script", fix)
+    if serve.engine == "vllm" and cfg.cluster.python is None and importlib.util.find_spec("vllm") is None:
+        fix = "pip install vllm (the extra [vllm]), or serve.engine=transformers"
+        raise ConfigError("serve.engine", "vllm", "the package vllm is not installed", fix)
+
+
 def _nearest_divisor(number: int, wanted: int) -> int:
     return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - wanted))

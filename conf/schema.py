@@ -436,6 +436,19 @@ class Eval:
 
 
 @dataclass
+class Serve:
+    """What `launchers.serve` starts; says nothing about any run."""
+
+    engine: str = key("auto", "vllm, transformers, or auto: vllm where the server has GPUs and vLLM is installed")
+    gpus: int = key(1, "GPUs of the server, over which the model is shared; none where slurm.gpus_per_node=0")
+    port: int | None = key(None, "port on the server's node, 1024 to 65535; null: a free one")
+    page_port: int = key(7860, "--page: the first free port from this one on")
+    dtype: str = key("auto", "dtype of the weights: float32, bfloat16, float16, or auto: what the engine takes")
+    wall_time: str = key("04:00:00", "time limit of the server's job: minutes, HH:MM:SS or D-HH:MM:SS")
+    arguments: list[str] = key([], "further arguments of the engine's own command, as in ['--max-model-len=8192']")
+
+
+@dataclass
 class Prepare:
     stages: list[str] = key([], "stages of the pipeline whose data is prepared; []: all of base, sft, rm and dpo")
     num_proc: int | None = key(None, "processes that tokenise; null: as many as the job has CPU cores")
@@ -517,6 +530,7 @@ class Config:
     guardrails: Guardrails = key(Guardrails(), "what is done when training goes wrong")
     sample: Sample = key(Sample(), "sample stage: rejection sampling, records for sft from a model's best answers")
     eval: Eval = key(Eval(), "eval stage: held-out judgement of one model")
+    serve: Serve = key(Serve(), "launchers.serve: an OpenAI-compatible server for a stage's model")
     prepare: Prepare = key(Prepare(), "prepare stage: data tokenised and packed before its stages start, on CPUs")
     pipeline: Pipeline = key(Pipeline(), "the graph of stages")
     stages: dict[str, Any] = key({}, "what `<stage>.<key>=...` on the command line sets for one stage alone")

@@ -49,6 +49,10 @@ def _done(number: int, items: list[Any]) -> list[Any]:
     raise AssertionError("all is answered")
 
 
+def _answered(number: int, batch: list[Any]) -> list[Any]:
+    raise RuntimeError("all of it has been asked")
+
+
 @dataclass
 class Part:
     """One kind of question; `found` holds an answer for each item once the work has run."""
@@ -111,6 +115,8 @@ class Work:
                     self.tell(count, total)
                 for item, answer in zip(part.batches[number], self.journal[name], strict=True):
                     part.found[item] = answer
+        for part in self.parts:
+            part.ask = _answered  # who answered may hold a GPU's memory: vLLM's engine does
         for part in self.parts:
             part.ask = _done  # what answered may take most of a GPU's memory
 
