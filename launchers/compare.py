@@ -36,7 +36,7 @@ from post_training.run import results
 from post_training.run.results import Figure, Results
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.text import Text
 
 VERSION = 1
 """Of what --json prints."""
@@ -97,8 +97,11 @@ TEST_SET = ("name", "path", "eval_path", "subset", "split", "eval_split", "trans
 
 
 def judged_stages(looks: list[Look]) -> list[Judged]:
-    """The stages of one pipeline that have been judged, in the pipeline's order. Damaged results are left out."""
-    return _read(looks)[0]
+    """The stages of one pipeline that have been judged, in the pipeline's order. Raises ValueError for damage."""
+    judged, damaged, _ = _read(looks)
+    if damaged:
+        raise ValueError("; ".join(f"{one.judge}: {one.reason}" for one in damaged))
+    return judged
 
 
 def _read(looks: list[Look]) -> tuple[list[Judged], list[Undone], list[tuple[str, Look]]]:
@@ -234,7 +237,7 @@ def mark(is_outside: bool | None) -> str:
 
 def change(stage: Judged, stages: list[Judged]) -> tuple[float, bool] | None:
     """Score minus the parent's, and whether it lies outside both 95 % intervals; None where they cannot be compared."""
-    found = _difference(stage, _against(stage, stages), stage.results.headline)
+    found = _difference(stage, _parents(stage, stages), stage.results.headline)
     return None if found is None or found["outside"] is None else (found["value"], found["outside"])
 
 
@@ -267,25 +270,28 @@ def _same_text(a: Judged, b: Judged) -> bool:
     return a.asked == b.asked if None in told else told[0] == told[1]
 
 
-def _against(stage: Judged, stages: list[Judged]) -> Judged | None:
-    """What a stage is compared with: the nearest judged one that it comes from, asked the same."""
+def _parents(stage: Judged, stages: list[Judged]) -> list[Judged]:
+    """What a stage is compared with: the nearest judged stage that it comes from; several where it has several rows."""
     for name in stage.line or ((stage.parent,) if stage.parent else ()):
-        of_parent = [s for s in stages if s.stage == name]
-        if of_parent:
-            return next((s for s in of_parent if s.asked == stage.asked), None)
+        if found := [s for s in stages if s.stage == name]:
+            return found
+    return []
+
+
+def _difference(stage: Judged, others: Iterable[Judged], name: str | None) -> dict[str, Any] | None:
+    """The figure `name` of a stage minus that of the first of the others with which it can be compared.
+
+    They were asked the same, and a headline is compared with a headline.
+    """
+    if name is None or (ours := stage.results.figures.get(name)) is None:
+        return None
+    for other in others:
+        theirs = other.results.figures.get(name)
+        same = _same_text(stage, other) if name == "perplexity_text" else stage.asked == other.asked
+        if theirs is None or not same or (stage.results.headline == name != other.results.headline):
+            continue
+        return _plain_difference(ours.value - theirs.value, outside(ours, theirs), other.stage)
     return None
-
-
-def _difference(stage: Judged, other: Judged | None, name: str | None) -> dict[str, Any] | None:
-    """The figure `name` of a stage minus another's; of a headline, where it is the headline of both."""
-    if other is None or name is None or other.asked != stage.asked:
-        return None
-    if stage.results.headline == name and other.results.headline != name:
-        return None
-    ours, theirs = stage.results.figures.get(name), other.results.figures.get(name)
-    if ours is None or theirs is None:
-        return None
-    return _plain_difference(ours.value - theirs.value, outside(ours, theirs), other.stage)
 
 
 def _plain_difference(value: float, is_outside: bool | None, against: str) -> dict[str, Any]:
@@ -319,11 +325,11 @@ def rows_of(pipelines: Sequence[Pipeline]) -> list[dict[str, Any]]:
     for i, pipeline in enumerate(pipelines):
         counts = Counter(s.stage for s in pipeline.judged)
         for stage in pipeline.judged:
-            other = _against(stage, pipeline.judged)
-            twin = next((s for s in firsts if s.stage == stage.stage and s.asked == stage.asked), None) if i else None
+            others = _parents(stage, pipeline.judged)
+            twins = [s for s in firsts if s.stage == stage.stage] if i else []
             figures = {
                 name: {k: v for k, v in asdict(figure).items() if v is not None}
-                | {"change": _difference(stage, other, name)}
+                | {"change": _difference(stage, others, name)}
                 for name, figure in stage.results.figures.items()
             }
             headline = stage.results.headline
@@ -337,7 +343,7 @@ def rows_of(pipelines: Sequence[Pipeline]) -> list[dict[str, Any]]:
                     "judges": list(stage.judges),
                     "headline": headline,
                     "score": figures.get(headline) if headline is not None else None,
-                    "beside": _difference(stage, twin, headline),
+                    "beside": _difference(stage, twins, headline),
                     "forgot": forgotten(stage, pipeline.judged),
                     "figures": figures,
                     "settings": stage.results.settings,
@@ -574,47 +580,45 @@ def _escaped(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>()#|~!&$])", r"\\\1", _one_line(text, width=None))
 
 
-def terminal(sheet: Sheet, width: int) -> Iterator[Table]:
-    """The sheet as tables of rich, none wider than `width`: what does not fit goes on in the next one, uncut."""
+def terminal(sheet: Sheet, width: int) -> Iterator[list[Text]]:
+    """The sheet as tables of lines no longer than `width`: columns that do not fit go on in the next table, uncut."""
     first, *rest = sheet.columns
-    while True:
+    while rest:
         count = len(rest)
-        while count > 1 and _measure([first, *rest[:count]]) > width:
+        while count > 1 and sum(_width(column) + 2 for column in [first, *rest[:count]]) - 2 > width:
             count -= 1
-        yield _rich([first, *rest[:count]])
+        yield _lines([first, *rest[:count]])
         rest = rest[count:]
-        if not rest:
-            return
 
 
 def _texts(column: Column) -> list[str]:
-    """The cells' texts, with room for marks in all of them where one has a mark: numbers stand below each other."""
+    """Title and cells, with room for marks in all of them where one has a mark: numbers stand below each other."""
     marked = any(cell.mark for cell in column.cells)
-    return [f"{cell.text} {cell.mark or ' '}" if marked and cell.text else cell.text for cell in column.cells]
+    texts = [f"{cell.text} {cell.mark or ' '}" if marked else cell.text for cell in column.cells]
+    return [f"{column.title}  " if marked else column.title, *texts]
 
 
-def _measure(columns: list[Column]) -> int:
+def _width(column: Column) -> int:
     from rich.cells import cell_len
 
-    return sum(max(map(cell_len, [column.title, *_texts(column)])) + 2 for column in columns) - 2
+    return max(map(cell_len, _texts(column)))
 
 
-def _rich(columns: list[Column]) -> Table:
-    from rich.table import Table
+def _lines(columns: list[Column]) -> list[Text]:
+    from rich.cells import cell_len
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for i, column in enumerate(columns):
-        marked = i > 0 and any(cell.mark for cell in column.cells)
-        title = Text(f"{column.title}  " if marked else column.title)
-        table.add_column(title, justify="right" if i else "left", no_wrap=True)
     styles = {1: "green", -1: "red", 0: ""}
-    texts = [_texts(column) for column in columns]
-    for j in range(len(columns[0].cells)):
-        table.add_row(
-            *(Text(t[j], style=styles[column.cells[j].good]) for t, column in zip(texts, columns, strict=True))
-        )
-    return table
+    lines = [Text() for _ in range(len(columns[0].cells) + 1)]
+    for i, column in enumerate(columns):
+        width = _width(column)
+        for j, text in enumerate(_texts(column)):
+            pad = " " * (width - cell_len(text))
+            style = styles[column.cells[j - 1].good] if j else "bold"
+            lines[j].append(f"  {pad}" if i else "").append(text, style).append("" if i else pad)
+    for line in lines:
+        line.rstrip()
+    return lines
 
 
 def telling(stages: list[Judged], count: int) -> list[int]:
@@ -707,7 +711,8 @@ def _show(pipelines: list[Pipeline], own_tables: bool) -> int:
         for i, table in enumerate(terminal(shown, width)):
             if i:
                 say()
-            console.print(table)
+            for line in table:
+                console.print(line)
         for note in shown.notes:
             say(note, wrap=True)
 

@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -224,6 +224,7 @@ def test_bad_input_needs_no_torch(outputs: Path, forbidding: dict[str, str]) -> 
 words = st.text("ab ", min_size=1, max_size=6)
 
 
+@settings(deadline=None)
 @given(st.none() | words, st.lists(st.tuples(words, words), max_size=6), words, st.integers(1, 60), st.integers(1, 20))
 def test_the_oldest_turns_go_when_the_context_is_full(
     system: str | None, turns: list[tuple[str, str]], last: str, context: int, wanted: int
@@ -250,6 +251,7 @@ def test_the_oldest_turns_go_when_the_context_is_full(
     assert fitted(whole(0), length, None, wanted) == (whole(0), 0, wanted)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40))
 def test_pieces_are_the_text_and_no_half_characters(text: str) -> None:
     tokenizer = bytes_tokenizer()

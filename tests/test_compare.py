@@ -14,18 +14,20 @@ import struct
 import subprocess
 import sys
 import termios
+from dataclasses import replace
 from fcntl import ioctl
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from launchers import compare
 from launchers.compare import Cell, Column, Sheet, best, forgotten, outside
+from launchers.status import looks_of
 from post_training.run import ledger, manifest, results
 from post_training.run.directory import RunDirectory
 from post_training.run.results import Figure, Results
@@ -167,16 +169,20 @@ def test_what_was_forgotten_is_counted_from_the_first_of_the_line(made: Made) ->
 
 
 def test_losses_on_other_texts_are_not_counted(made: Made) -> None:
-    made.stage("other", "sft")
-    on_theirs = Results("accuracy", {"accuracy": share(0.9, 0.01), "perplexity_text": Figure(3.0)}, {"text": "b"})
-    made.judged("other", on_theirs)
-    stages = compare.read_pipeline(made.folder).judged
-    with_text = [
-        compare.replace(s, results=Results(s.results.headline, s.results.figures, {"text": "a"} | s.results.settings))
-        for s in stages
-    ]
-    assert forgotten(with_text[-1], with_text) is None
-    assert forgotten(with_text[1], with_text) is not None
+    """What an evaluation says of its text decides, whatever its problems are from."""
+    for name, text in (("same", "a"), ("other", "b")):
+        made.stage(name, "sft")
+        on_theirs = Results("accuracy", {"accuracy": share(0.9, 0.01), "perplexity_text": Figure(3.0)}, {"text": text})
+        made.judged(name, on_theirs, data="gsm8k")
+    judged = compare.read_pipeline(made.folder).judged
+    stages = [replace(s, results=replace(s.results, settings={"text": "a"} | s.results.settings)) for s in judged]
+    same, other = stages[-2:]
+    assert other.stage == "other" and forgotten(other, stages) is None
+    lost = forgotten(same, stages)
+    assert lost is not None and lost["value"] == pytest.approx(math.log(3.0 / 2.0))
+    figures = {row["stage"]: row["figures"] for row in compare.rows_of([compare.Pipeline(made.folder, stages)])}
+    assert figures["same"]["perplexity_text"]["change"]["value"] == pytest.approx(-1.0)
+    assert figures["other"]["perplexity_text"]["change"] is figures["same"]["accuracy"]["change"] is None
 
 
 def test_a_start_model_from_elsewhere_is_the_first_of_the_line(tmp_path: Path) -> None:
@@ -217,7 +223,7 @@ def test_the_best_model_is_no_reward_model(made: Made) -> None:
     assert best([s for s in stages if s.stage == "rm"]) is None
     assert best([]) is None
     texts = [
-        compare.replace(s, results=Results("perplexity_text", s.results.figures))
+        replace(s, results=Results("perplexity_text", s.results.figures))
         for s in stages if s.stage != "rm"
     ]  # fmt: skip
     lowest = best(texts)
@@ -300,31 +306,25 @@ def test_cells_are_shown_to_the_letter(made: Made) -> None:
     assert not re.search(r"(?<!\\)[|*<`\[&]", cell)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.text(max_size=12), st.lists(st.text(max_size=30), min_size=2, max_size=2)), min_size=2,
              max_size=12),
     st.integers(40, 200),
 )  # fmt: skip
 def test_a_table_is_folded_and_never_cut(columns: list[tuple[str, list[str]]], width: int) -> None:
-    from rich.console import Console
-
     given = [
         Column(compare._one_line(title), [Cell(compare._one_line(text), "*" if i else "") for text in cells])
         for i, (title, cells) in enumerate(columns)
     ]
-    console = Console(width=width, file=io.StringIO(), color_system=None)
-    printed = []
-    for table in compare.terminal(Sheet("", given), width):
-        console.file = io.StringIO()
-        console.print(table)
-        printed.append(console.file.getvalue())
-    for lines in printed:
-        two = sum(sorted((max(map(cell_len, [c.title, *compare._texts(c)])) for c in given), reverse=True)[:2]) + 2
-        assert all(cell_len(line.rstrip()) <= max(width, two) for line in lines.splitlines())
-    together = "".join("".join(printed).split())
-    for column in given[1:]:
-        for cell in column.cells:
-            assert "".join(cell.text.split()) in together
+    tables = [[line.plain for line in table] for table in compare.terminal(Sheet("", given), width)]
+    widths = [max(map(cell_len, compare._texts(column))) for column in given]
+    widest = max(width, widths[0] + 2 + max(widths[1:]))  # of a column that alone is too wide
+    assert all(cell_len(line) <= widest for table in tables for line in table)
+    for table in tables:
+        assert all(line.startswith(cell.text) for line, cell in zip(table[1:], given[0].cells, strict=True))
+    together = " ".join(line for table in tables for line in table)
+    assert all(cell.text in together for column in given for cell in column.cells)
 
 
 def test_samples_are_of_the_same_problems(made: Made) -> None:
@@ -380,6 +380,8 @@ def test_damage_is_said_with_its_fix_and_the_others_are_shown(
     manifest.write(folder, stage="eval")
     status, printed, _ = run(capsys, f"paths.output_base={made.folder.parent}")
     assert status == 1
+    with pytest.raises(ValueError, match="eval_sft: "):
+        compare.judged_stages(looks_of(made.folder))
     line = next(line for line in printed.splitlines() if line.startswith("not read: sft: eval_sft is damaged"))
     assert fix.format(model=folder) in line
     assert re.findall(r"^(\w+) +[0-9.]+ %", printed, re.M) == ["base", "grpo", "rm"]

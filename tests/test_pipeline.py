@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -77,11 +80,29 @@ def test_gates_judge_what_real_evaluations_found(quickstart: tuple[Path, str]) -
 
 
 def test_the_best_model_answers(quickstart: tuple[Path, str]) -> None:
+    """By the command that the quickstart's end prints, to the letter."""
+    base, printed = quickstart
+    line = next(line for line in printed.splitlines() if " -m post_training.chat " in line)
+    done = subprocess.run(shlex.split(line), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    asked = shlex.split(line)[-1]
+    winner = next(word for word in shlex.split(line) if word.startswith("run=")).rpartition("/")[2]
+    samples = (base / "quickstart" / f"eval_{winner}" / "model" / "samples.jsonl").read_text().splitlines()
+    answers = {sample["prompt"]: sample["completion"] for sample in map(json.loads, samples)}
+    assert done.stdout == f"{answers[asked]}\n", "what the evaluation heard"
+
+
+def test_every_form_of_the_table_says_the_same(quickstart: tuple[Path, str]) -> None:
     base, _ = quickstart
-    answer = command(
-        "post_training.chat", str(base / "quickstart" / "dpo"), "--prompt", "40+30=?"
-    )  # 40 + 30 may be a held-out or a trained sum: what counts is that it answers in form
-    assert "<answer>" in answer
+    where = f"paths.output_base={base}"
+    rows = json.loads(command("launchers.compare", where, "--json"))["stages"]
+    lines = list(csv.DictReader(io.StringIO(command("launchers.compare", where, "--csv"))))
+    assert [row["stage"] for row in rows] == [line["stage"] for line in lines] == list(TRAINED)
+    assert [str(row["score"]["value"]) for row in rows] == [line["score"] for line in lines]
+    forgot = {row["stage"]: row["forgot"]["value"] for row in rows if row["forgot"]}
+    assert set(forgot) == {"sft", "ppo", "dpo", "grpo"} and all(lost > 1 for lost in forgot.values())
+    document = command("launchers.compare", where, "--markdown")
+    assert all(f"| {100 * row['score']['value']:.1f} %" in document for row in rows)
 
 
 def test_the_same_command_again_runs_nothing(quickstart: tuple[Path, str]) -> None:
