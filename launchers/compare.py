@@ -104,6 +104,12 @@ def judged_stages(looks: list[Look]) -> list[Judged]:
     return judged
 
 
+def judged_and_damaged(looks: list[Look]) -> tuple[list[Judged], list[Undone]]:
+    """The same, and the evaluations whose results are damaged."""
+    judged, damaged, _ = _read(looks)
+    return judged, damaged
+
+
 def _read(looks: list[Look]) -> tuple[list[Judged], list[Undone], list[tuple[str, Look]]]:
     """Judged stages, evaluations whose results are damaged, and evaluations without a whole output.
 

@@ -50,6 +50,7 @@ class Pipeline:
     rows: dict[str, dict[str, Any]]  # status's, by stage
     techniques: dict[str, str]
     judged: list[Judged]
+    scores: list[dict[str, Any]]  # compare's, one for each of `judged`
     problems: list[str]
 
     def look(self, name: str) -> Look:
@@ -94,24 +95,10 @@ def read_pipeline(folder: Path, now: float) -> Pipeline:
     techniques |= {look.name: look.config["stage"] for look in looks if isinstance(look.config.get("stage"), str)}
     for look in looks:
         problems += [f"{look.name}: {why}" for why in (look.config_problem, look.story.problem) if why]
-    pipeline = Pipeline(folder.name, now, looks, rows, techniques, [], problems)
-    pipeline.judged, damage = judgements(looks)
-    pipeline.problems += damage
-    return pipeline
-
-
-def judgements(looks: list[Look]) -> tuple[list[Judged], list[str]]:
-    """The stages that were judged, and why others that were cannot be shown. One eval's damage is its own."""
-    trained = [look for look in looks if look.config.get("stage") != "eval"]
-    found: dict[str, Judged] = {}
-    problems = []
-    for look in looks:
-        if look.config.get("stage") == "eval" and look.done:
-            try:
-                found |= {judged.stage: judged for judged in compare.judged_stages([*trained, look])}
-            except DAMAGE as error:
-                problems.append(f"{look.name}: its results cannot be read: {error}")
-    return [found[look.name] for look in looks if look.name in found], problems
+    judged, damaged = compare.judged_and_damaged(looks)
+    problems += [one.line() for one in damaged]
+    scores = compare.rows_of([compare.Pipeline(folder, judged)])
+    return Pipeline(folder.name, now, looks, rows, techniques, judged, scores, problems)
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -148,83 +135,50 @@ def interval(name: str, figure: Figure) -> str:
     return " to ".join(how.form.replace(" %", "").format(how.scale * edge) for edge in (figure.low, figure.high))
 
 
-def apart(ours: Figure, theirs: Figure) -> bool | None:
-    """Whether two 95 % intervals do not overlap; None where one is not known."""
-    if ours.low is None or ours.high is None or theirs.low is None or theirs.high is None:
-        return None
-    return ours.low > theirs.high or ours.high < theirs.low
-
-
-def line_of(stage: Judged, pipeline: Pipeline) -> list[Judged]:
-    """The judged stages from which this one comes, the nearest first."""
-    by_name = {judged.stage: judged for judged in pipeline.judged}
-    found: list[Judged] = []
-    seen = {stage.stage}
-    name = pipeline.start(pipeline.look(stage.stage))
-    while name is not None and name not in seen:
-        seen.add(name)
-        found += [by_name[name]] if name in by_name else []
-        name = pipeline.start(pipeline.look(name))
-    return found
-
-
-def forgotten(stage: Judged, pipeline: Pipeline) -> float | None:
-    """log(perplexity of held-out text / that of the first judged stage of its line), nats a token; None: not known."""
-    firsts = [j for j in line_of(stage, pipeline) if "perplexity_text" in j.results.figures]
-    ours = stage.results.figures.get("perplexity_text")
-    if not firsts or ours is None:
-        return None
-    theirs = firsts[-1].results.figures["perplexity_text"]
-    return math.log(ours.value / theirs.value) if ours.value > 0 and theirs.value > 0 else None
-
-
 def score_table(pipeline: Pipeline) -> dict[str, Any]:
     """The across-stages table as cells."""
-    headlines = {judged.results.headline for judged in pipeline.judged}
-    present = dict.fromkeys(name for judged in pipeline.judged for name in judged.results.figures)
+    headlines = {row["headline"] for row in pipeline.scores}
+    present = dict.fromkeys(name for row in pipeline.scores for name in row["figures"])
     order = {name: place for place, name in enumerate(results.METRICS)}
     names = sorted((n for n in present if n not in headlines), key=lambda n: (order.get(n, len(order)), n))
     rows = []
-    for judged in pipeline.judged:
-        line = line_of(judged, pipeline)
-        parent = line[0] if line else None
-        figures = judged.results.figures
-        lost = forgotten(judged, pipeline)
+    for row in pipeline.scores:
+        headline, forgot = row["headline"], row["forgot"]
         rows.append({
-            "stage": judged.stage, "parent": judged.parent,
-            "score": _cell(judged.results.headline, judged, parent) if judged.results.headline else None,
-            "metric": results.metric(judged.results.headline).title if judged.results.headline else "",
-            "forgotten": None if lost is None else f"{lost:+.2f}",
-            "forgot": lost is not None and lost > 0.05,
-            "cells": [_cell(name, judged, parent) if name in figures else None for name in names],
+            "stage": row["row"], "parent": row["parent"],
+            "score": _cell(headline, row["score"]) if row["score"] else None,
+            "metric": results.metric(headline).title if headline else "",
+            "forgotten": None if forgot is None else f"{forgot['value']:+.2f}",
+            "forgot": forgot is not None and forgot["value"] > 0 and forgot["outside"] is not False,
+            "cells": [_cell(name, row["figures"].get(name)) for name in names],
         })  # fmt: skip
     heads = [{"title": results.metric(n).title, "help": results.metric(n).help} for n in names]
     return {"rows": rows, "heads": heads, "forgets": any(row["forgotten"] is not None for row in rows)}
 
 
-def _cell(name: str, judged: Judged, parent: Judged | None) -> dict[str, Any] | None:
+def figure_of(plain: Mapping[str, Any]) -> Figure:
+    """A figure from one of compare's rows."""
+    return Figure(*(plain.get(key) for key in ("value", "low", "high", "count")))  # type: ignore[arg-type]
+
+
+def _cell(name: str, plain: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """A figure, its interval, and how it changed against the parent's."""
-    figure = judged.results.figures.get(name)
-    if figure is None:
+    if plain is None:
         return None
-    how = results.metric(name)
+    how, figure, change = results.metric(name), figure_of(plain), plain["change"]
     cell: dict[str, Any] = {
         "value": results.shown(name, figure), "interval": interval(name, figure), "count": figure.count,
         "change": None, "low": None, "high": None,
     }  # fmt: skip
     if how.scale == 100 and figure.low is not None and figure.high is not None:
         cell |= {"low": _percent(figure.low), "high": _percent(figure.high)}
-    theirs = parent.results.figures.get(name) if parent is not None else None
-    if theirs is not None:
-        outside = apart(figure, theirs)
-        difference = figure.value - theirs.value
-        if outside is not None:
-            better = how.better * (1 if difference > 0 else -1)
-            cell |= {
-                "change": points(name, difference), "outside": outside,
-                "mark": ("▲" if difference > 0 else "▼") if outside else "~",
-                "tone": {1: "good", -1: "bad"}.get(better, "muted") if outside else "muted",
-            }  # fmt: skip
+    if change is not None and change["outside"] is not None:
+        rose, outside = change["value"] > 0, change["outside"]
+        cell |= {
+            "change": points(name, change["value"]), "outside": outside,
+            "mark": ("▲" if rose else "▼") if outside else "~",
+            "tone": {1: "good", -1: "bad"}.get(how.better * (1 if rose else -1), "muted") if outside else "muted",
+        }  # fmt: skip
     return cell
 
 
@@ -239,10 +193,11 @@ def score_charts(pipeline: Pipeline) -> list[dict[str, Any]]:
         assert headline is not None
         how = results.metric(headline)
         scores = []
-        for judged in pipeline.judged:
-            if judged.results.headline == headline and (score := judged.results.score) is not None:
+        for row in pipeline.scores:
+            if row["headline"] == headline and row["score"] is not None:
+                score = figure_of(row["score"])
                 low, high = (None if edge is None else edge * how.scale for edge in (score.low, score.high))
-                scores.append((judged.stage, score.value * how.scale, low, high))
+                scores.append((row["row"], score.value * how.scale, low, high))
         svg = charts.draw_scores(scores, "%" if how.scale == 100 else "", f"scores {headline}")
         found.append({"title": how.title, "help": how.help, "svg": svg})
     return found
@@ -250,33 +205,35 @@ def score_charts(pipeline: Pipeline) -> list[dict[str, Any]]:
 
 def verdict(pipeline: Pipeline) -> dict[str, Any]:
     """What a reader should know first."""
-    said: dict[str, Any] = {"best": None, "worse": [], "lines": []}
-    best = compare.best(pipeline.judged)
-    if best is not None and (score := best.results.score) is not None and best.results.headline is not None:
-        name = best.results.headline
-        said["best"] = {"stage": best.stage, "score": results.shown(name, score), "interval": interval(name, score),
-                        "metric": results.metric(name).title, "gains": []}  # fmt: skip
-        line = [j for j in line_of(best, pipeline) if j.results.headline == name and j.results.score is not None]
-        for word, other in (("its parent", line[0] if line else None), ("the start", line[-1] if line[1:] else None)):
-            if other is not None and other.results.score is not None:
-                said["best"]["gains"].append({
-                    "over": other.stage, "word": word, "points": points(name, score.value - other.results.score.value),
-                    "certain": apart(score, other.results.score), "from": results.shown(name, other.results.score),
-                })  # fmt: skip
-        if (lost := forgotten(best, pipeline)) is not None:
-            said["forgot"] = f"{lost:+.2f} nats a token on held-out text (perplexity × {math.exp(lost):.3g})"
-    for judged in pipeline.judged:
-        line = line_of(judged, pipeline)
-        name = judged.results.headline or ""
-        theirs = line[0].results.figures.get(name) if line else None
-        ours = judged.results.score
-        if ours is not None and theirs is not None and apart(ours, theirs) and _worse(name, ours, theirs):
-            said["worse"].append(f"{judged.stage} ({points(name, ours.value - theirs.value)} against {line[0].stage})")
+    said: dict[str, Any] = {"best": None, "worse": [], "forgot": None}
+    for judged, row in zip(pipeline.judged, pipeline.scores, strict=True):
+        change = (row["score"] or {}).get("change")
+        if change is not None and change["outside"] and results.metric(row["headline"]).better * change["value"] < 0:
+            difference = points(row["headline"], change["value"])
+            said["worse"].append(f"{row['row']} ({difference} against {change['against']})")
+        if judged is not compare.best(pipeline.judged):
+            continue
+        name, score = row["headline"], figure_of(row["score"])
+        gains = [(change["against"], change["value"], change["outside"])] if change is not None else []
+        for first in (s for start in reversed(judged.line) for s in pipeline.judged if s.stage == start):
+            theirs = first.results.score
+            if theirs is not None and first.results.headline == name and first.asked == judged.asked:
+                if first.stage not in [against for against, _, _ in gains]:
+                    gains.append((first.stage, score.value - theirs.value, compare.outside(score, theirs)))
+                break
+        said["best"] = {
+            "stage": row["row"], "score": results.shown(name, score), "interval": interval(name, score),
+            "metric": results.metric(name).title,
+            "gains": [
+                {"over": over, "points": points(name, value), "certain": bool(certain),
+                 "good": results.metric(name).better * value > 0}
+                for over, value, certain in gains
+            ],
+        }  # fmt: skip
+        if row["forgot"] is not None:
+            lost = row["forgot"]["value"]
+            said["forgot"] = f"{lost:+.2f} nats a token on held-out text (perplexity × {math.exp(min(700, lost)):.3g})"
     return said
-
-
-def _worse(name: str, ours: Figure, theirs: Figure) -> bool:
-    return results.metric(name).better * (ours.value - theirs.value) < 0
 
 
 # ------------------------------------------------------------------------------------------- the graph
@@ -462,7 +419,8 @@ def _ends(spans: Sequence[Span], start: float, whole: float) -> list[dict[str, A
         title = ", ".join(f"{n} × {w}" if n > 1 else w for (_, w), n in group["causes"].most_common())
         shown = "".join(dict.fromkeys(mark for mark, _ in group["causes"]))
         found.append({
-            "at": round((group["at"] + group["last"]) / 2, 2), "text": shown + (f"×{count}" if count > 1 else ""), "title": title,
+            "at": round((group["at"] + group["last"]) / 2, 2), "title": title,
+            "text": shown + (f"×{count}" if count > 1 else ""),
             "letters": list(group["causes"]), "planned": set(shown) <= set("sx"),
         })  # fmt: skip
     return found
@@ -656,7 +614,7 @@ def clock(seconds: float) -> str:
 def answers(pipeline: Pipeline) -> dict[str, Any] | None:
     """The same problems with every stage's answer, those first on which the stages disagree; None: no samples."""
     keyed = {}
-    for judged in pipeline.judged:
+    for judged, row in zip(pipeline.judged, pipeline.scores, strict=True):
         counts: Counter[str] = Counter()
         there = {}
         for sample in judged.samples:
@@ -665,7 +623,7 @@ def answers(pipeline: Pipeline) -> dict[str, Any] | None:
             counts[sample["prompt"]] += 1
             there[(sample["prompt"], counts[sample["prompt"]])] = sample | {"correct": bool(sample.get("correct"))}
         if there:
-            keyed[judged.stage] = (judged, there)
+            keyed[row["row"]] = (replace(judged, stage=row["row"]), there)
     if not keyed:
         return None
     first = next(iter(keyed.values()))[1]
@@ -681,7 +639,7 @@ def answers(pipeline: Pipeline) -> dict[str, Any] | None:
                 for sample in (judged.samples[i],)
             ],
         })  # fmt: skip
-    without = [judged.stage for judged in pipeline.judged if judged.stage not in keyed]
+    without = [row["row"] for row in pipeline.scores if row["row"] not in keyed]
     return {"problems": problems, "common": len(common), "stages": list(keyed), "without": without}
 
 

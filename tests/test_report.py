@@ -370,6 +370,12 @@ def test_equal_pipelines_give_equal_pages(made: Made) -> None:
     assert made.page() == made.page()
 
 
+def test_figures_that_are_no_numbers_are_drawn_around() -> None:
+    nan, inf = float("nan"), float("inf")
+    assert "<svg" in charts.draw_scores([("a", nan, nan, inf), ("b", inf, None, None), ("c", 1.0, 0.5, 2.0)], "", "k")
+    assert "<svg" in charts.draw_scores([("a", inf, -inf, inf)], "", "k")
+
+
 def test_drawings_serve_light_and_dark() -> None:
     svg = charts.draw_scores([("<b>$x$", 50.0, 40.0, 60.0)], "%", "k")
     assert "&lt;b&gt;$x$" in svg and "<b>" not in svg and 'role="img"' in svg
@@ -402,7 +408,8 @@ def test_damage_is_said_and_the_rest_shown(made: Made) -> None:
         file.write("torn")
     (made.folder / "pipeline.json").write_text("{")
     said = words(made.page())
-    assert "pipeline.json is missing or damaged" in said and "eval_sft: its results cannot be read" in said
+    assert "pipeline.json is missing or damaged" in said
+    assert "sft: eval_sft is damaged (results.json has version 9" in said
     assert "rm: config.yaml cannot be read" in said and "base: 1 of 61 lines of metrics.jsonl are damaged" in said
     assert "ppo: ledger.jsonl: 1 of 5 lines are damaged" in said
     assert "ppo is the best stage" in said
