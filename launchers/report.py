@@ -50,7 +50,8 @@ def gather(folder: Path, now: float) -> dict[str, Any]:
         "last": sections.clock(max(times)) if times else None,
         "wall": table.duration(max(times) - min(times)) if times else None,
         "cluster": ", ".join(clusters),
-        "states": [{"state": state, "count": counts[state]} for state in status.STATES if counts[state]],
+        "states": [{"state": state, "count": counts[state]}
+                   for state in sorted(status.STATES, key="done".__ne__) if counts[state]],
         "stages": len(pipeline.rows),
         "has_evals": any(pipeline.is_eval(look) for look in pipeline.looks),
         "reasons": [

@@ -369,7 +369,10 @@ def timeline(pipeline: Pipeline) -> dict[str, Any] | None:
     if not told:
         return None
     start = min(spans[0].start for spans in told.values())
-    whole = max(spans[-1].end for spans in told.values()) - start
+    # a run that was given up stands still until now: the clock of a pipeline ends with what was done last
+    whole = max(_told_until(span) for spans in told.values() for span in spans) - start
+    if whole <= 0:
+        return None
     rows = [
         {"stage": name, "state": pipeline.rows[name]["state"], "attempts": sum(s.attempt is not None for s in spans),
          "bars": list(_bars(spans, start, whole)), "ends": _ends(spans, start, whole)}
@@ -383,6 +386,10 @@ def timeline(pipeline: Pipeline) -> dict[str, Any] | None:
         "legend": [{"name": name, "word": word} for name, word in NAMES.items() if name in used],
         "letters": letters,
     }  # fmt: skip
+
+
+def _told_until(span: Span) -> float:
+    return span.start + sum(seconds for name, seconds in span.seconds.items() if name in NAMES)
 
 
 def _bars(spans: Sequence[Span], start: float, whole: float) -> Iterator[dict[str, Any]]:

@@ -422,6 +422,8 @@ def test_a_failed_run_says_why(tmp_path: Path) -> None:
                                 started(5, 1, "local-7"), training(9, 1, 0), end), done=False)  # fmt: skip
     said = words(made.page())
     assert "sft failed: no memory; gave up" in said and "1 failed of 1 runs" in said
+    drawn = sections.timeline(pipeline_of(made))  # looked at long after
+    assert drawn is not None and drawn["seconds"] == pytest.approx(60)
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
