@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
@@ -413,6 +414,14 @@ def test_damage_is_said_and_the_rest_shown(made: Made) -> None:
     assert "rm: config.yaml cannot be read" in said and "base: 1 of 61 lines of metrics.jsonl are damaged" in said
     assert "ppo: ledger.jsonl: 1 of 5 lines are damaged" in said
     assert "ppo is the best stage" in said
+
+
+def test_a_copied_folder_shows_each_stage_once(made: Made, tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere" / "tiny"
+    shutil.copytree(made.folder, copy)
+    found = sections.read_pipeline(copy, START + 5000)
+    assert [look.name for look in found.looks] == list(made.stages)
+    assert len(found.problems) == len(made.stages) and str(copy / "sft") in " ".join(found.problems)
 
 
 def test_a_failed_run_says_why(tmp_path: Path) -> None:
