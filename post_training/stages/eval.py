@@ -246,9 +246,9 @@ def judge_policy(
                 found = greedy_answers(model, tokenizer, asked, how.max_new_tokens, how.batch_size)
             return [text for text, _ in found]
 
-        others = outside.ask(model, tokenizer, journal, pulse, answer)
-        figures |= others
-        headline = headline or next(iter(others), None)
+        theirs = outside.ask(model, tokenizer, journal, pulse, answer)
+        figures |= theirs
+        headline = headline or next(iter(theirs), None)
     return Results(headline, figures, seconds=round(time.monotonic() - started, 1)), samples
 
 
