@@ -273,7 +273,7 @@ def test_what_the_job_refuses(tasks: Path, tmp_path: Path, model: Any, tokenizer
 
 @needs_lm_eval
 def test_an_evaluation_with_benchmarks(tasks: Path, tmp_path: Path, here: None) -> None:  # noqa: F811
-    """A whole attempt: figures beside its own, rows in a file of their own."""
+    """A whole attempt, with two engines one after the other: figures beside its own, rows in a file of their own."""
     judged = tmp_path / "drawn"
     folder = judged / "model"
     tiny = LlamaForCausalLM(LlamaConfig(
@@ -282,7 +282,8 @@ def test_an_evaluation_with_benchmarks(tasks: Path, tmp_path: Path, here: None) 
     ))  # fmt: skip
     tiny.save_pretrained(folder)
     bytes_tokenizer().save_pretrained(folder)
-    asked = (f"eval.tasks_path={tasks}", "eval.tasks=[choose]", "eval.task_limit=4", "eval.num_problems=4")
+    few = ("eval.task_limit=4", "eval.num_problems=4", "eval.backend=vllm")
+    asked = (f"eval.tasks_path={tasks}", "eval.tasks=[choose]", *few)
     run = make_run(tmp_path, "eval", *asked, model=folder)
     assert train.run_attempt(run, 1) == 0
     found = results.read(run).figures
