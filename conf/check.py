@@ -78,6 +78,8 @@ AT_LEAST: dict[str, float] = {
     "eval.num_problems": 1,
     "eval.batch_size": 1,
     "eval.max_new_tokens": 1,
+    "eval.num_samples": 0,
+    "eval.num_instructions": 0,
     "eval.num_fewshot": 0,
     "eval.task_limit": 1,
     "eval.judge.max_new_tokens": 1,
@@ -239,6 +241,8 @@ def check_run(cfg: Config) -> None:
         raise ConfigError("merge.adapter", None, "there is nothing to merge", "merge.adapter=<folder of an adapter>")
     if cfg.stage == "sample":
         _check_sample(cfg)
+    if cfg.stage == "eval":
+        _check_eval(cfg)
     if cfg.stage in ("sft", "distill"):
         for name in getattr(cfg, cfg.stage).random_templates:
             if name not in TEMPLATES:
@@ -252,6 +256,28 @@ def check_run(cfg: Config) -> None:
         _check_benchmarks(cfg)
         _check_judge(cfg)
     _check_vllm(cfg)
+
+
+def _check_eval(cfg: Config) -> None:
+    how = cfg.eval
+    if not 0 < how.temperature < math.inf:
+        fix = "eval.temperature=1, or eval.num_samples=0 for greedy answers alone"
+        raise ConfigError("eval.temperature", how.temperature, "must be above 0", fix)
+    if how.num_samples > how.batch_size:
+        problem = f"is more than eval.batch_size={how.batch_size}, the answers that are generated together"
+        raise ConfigError("eval.num_samples", how.num_samples, problem, f"eval.batch_size={how.num_samples}")
+    if how.text.name is None:
+        for name in ("path", "subset", "split", "transform", "held_out"):
+            if (value := getattr(how.text, name)) is not None:
+                raise ConfigError(f"eval.text.{name}", value, "says not what it is", "eval.text.name=text")
+    else:
+        if how.text.name not in KNOWN:
+            raise ConfigError("eval.text.name", how.text.name, "no such data set", nearest(how.text.name, KNOWN))
+        _check_records(cfg, "eval.text", how.text.name, how.text.path, how.text.transform)
+        views = views_of(how.text.name, how.text.transform)
+        if views is not None and "documents" not in views:
+            fix = f"one that has: {', '.join(having('documents'))}"
+            raise ConfigError("eval.text.name", how.text.name, f"has no {VIEWS['documents']}", fix)
 
 
 DPO_LOSSES = (

@@ -393,6 +393,16 @@ class Sample:
 
 
 @dataclass
+class EvalText:
+    name: str | None = key(None, "what it is, as in data.name; null: the line's base stage's, or the data's own")
+    path: str | None = key(None, "records, as in data.path; null: the data set's own hub id")
+    subset: str | None = key(None, "configuration on the hub; null: the data set's own")
+    split: str | None = key(None, "split, as in data.split")
+    transform: str | None = key(None, "transform of the records, as in data.transform")
+    held_out: int | None = key(None, "documents that are held out; null: data.held_out")
+
+
+@dataclass
 class Judge:
     """A language model behind an OpenAI-compatible server. A key that it wants is in the job's OPENAI_API_KEY."""
 
@@ -411,6 +421,11 @@ class Eval:
     max_new_tokens: int = key(256, "longest answer, tokens")
     batch_size: int = key(256, "prompts per generation batch")
     num_problems: int = key(512, "held-out problems or records scored")
+    num_samples: int = key(0, "answers sampled for each problem: pass@k and majority; 0: greedy answers alone")
+    temperature: float = key(1.0, "sampling temperature of num_samples, above 0")
+    num_instructions: int = key(0, "prompts with rules that a program checks; 0: none")
+    text: EvalText = key(EvalText(), "text on which forgetting is measured, as in {name: text, path: ...}")
+    base_text: dict[str, Any] = key({}, "that base stage's data, where it is not this one's; filled in at submission")
     backend: str = key("transformers", "who generates the answers: transformers or vllm")
     gpu_memory_utilization: float = key(0.5, "vllm: share of the GPU's memory that it takes, above 0 to 1")
     tasks: list[str] = key([], "benchmarks of lm-eval, as in [gsm8k,ifeval,mmlu]; needs the extra [lm-eval]")
@@ -431,6 +446,23 @@ class Prepare:
 
 
 @dataclass
+class Gate:
+    """What an eval stage must find before the stages that take the judged model start. At most one of the bounds.
+
+    The figure's value is compared, not its interval. The evaluation is done whatever the gate says; where it does not
+    hold, its job ends with an error, and the stages behind it do not start.
+    """
+
+    metric: str | None = key(None, "the figure: accuracy, pass@8, perplexity_text, <task>/<metric>; null: the headline")
+    at_least: float | None = key(None, "it must be at least this, in its own unit: accuracy is a share, 0 to 1")
+    at_most: float | None = key(None, "it must be at most this, in its own unit")
+    max_drop: float | None = key(None, "it may be worse than the parent's by at most this, in its own unit")
+    parent: str | None = key(
+        None, "max_drop: the eval stage compared with; null: that of the model which the judged stage started from"
+    )
+
+
+@dataclass
 class Node:
     """One stage in a pipeline's graph."""
 
@@ -441,6 +473,7 @@ class Node:
     data: str | None = key(None, "the sample stage whose records it trains on: sft and distill; null: data.*")
     after: list[str] = key([], "further stages that must be done first")
     overrides: list[str] = key([], "Hydra overrides for this stage alone")
+    gate: Gate | None = key(Gate(), "eval: what it must find before the stages that take the judged model start")
 
 
 @dataclass
