@@ -136,9 +136,9 @@ class Counted:
 
 
 def ask(
-    model: Any, tokenizer: Any, cfg: Config, kept: Journal, pulse: Any = None
+    model: Any, tokenizer: Any, cfg: Config, kept: Journal, pulse: Any = None, told: Any = None
 ) -> tuple[dict[str, Figure], list[dict[str, Any]]]:  # fmt: skip
-    return benchmarks.run(model, tokenizer, benchmarks.load(cfg), cfg, kept, pulse or Counted())
+    return benchmarks.run(model, tokenizer, benchmarks.load(cfg), cfg, kept, pulse or Counted(), told or Counted())
 
 
 def by_hand(rows: list[dict[str, Any]]) -> dict[str, Figure]:
@@ -201,7 +201,9 @@ def test_a_later_attempt_asks_only_what_is_missing(tasks: Path, tmp_path: Path, 
     assert 0 < len(first.known) < len(whole.known)
     second, rest = journal(tmp_path / "stopped", 2), Counted()
     assert second.resumed == len(first.known)
-    assert ask(model, tokenizer, cfg, second, rest) == found
+    told: list[tuple[int, int]] = []
+    assert ask(model, tokenizer, cfg, second, rest, lambda *now: told.append(now)) == found
+    assert [sum(column) for column in zip(*told, strict=True)] == [2 + 4, 2 + 4]  # batches of 8
     assert second.known == whole.known
     again = Counted()
     assert ask(model, tokenizer, cfg, journal(tmp_path / "stopped", 3), again) == found and again.calls == 0
