@@ -12,7 +12,7 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed-dev $(VENV)/qlora $(VENV)/vllm packages lint types
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 	PYTHONPATH=$(VENV)/qlora $(BIN)/python -m pytest -m qlora tests/test_sft.py
-	PYTHONPATH=$(VENV)/vllm $(BIN)/python -m pytest -m vllm tests/test_vllm.py
+	PYTHONPATH=$(VENV)/vllm:$(VENV)/lm_eval $(BIN)/python -m pytest -m "vllm or lm_eval" tests/test_vllm.py tests/test_benchmarks.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -44,6 +44,11 @@ $(VENV)/qlora: requirements-qlora.lock | $(VENV)/bin/python
 
 # vLLM for CPUs, likewise: TRL imports it wherever it is installed
 $(VENV)/vllm: requirements-vllm.lock | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --upgrade --target $@ -r $<
+	@touch $@
+
+# lm-eval, likewise: with all that it asks for, transformers would import scikit-learn at every start
+$(VENV)/lm_eval: requirements-lm-eval.lock | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --upgrade --target $@ -r $<
 	@touch $@
 

@@ -31,13 +31,13 @@ def names_in(text: str) -> dict[str, list[str]]:
     """The names that one task file gives, by their kind: task, group, tag."""
     found: dict[str, list[str]] = {}
     for kind, value, items in NAMED.findall(text):
+        if kind == "task" and (items or value.startswith("[")):
+            continue  # what a group is made of
         if value.startswith("["):
             parts = value.strip("[]").split(",")
         else:
             parts = [value] if value else re.findall(r"- (.*)", items)
         found.setdefault(kind, []).extend(p.strip().strip("\"'") for p in parts if p.strip() and ":" not in p)
-    if "group" in found:
-        found.pop("task", None)  # what it is made of
     return found
 
 

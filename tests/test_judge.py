@@ -112,7 +112,7 @@ def answers(prompts: list[str]) -> list[str]:
     return [f"answer to {p}" for p in prompts]
 
 
-def calm() -> None:
+def calm(*_: object) -> None:
     pass
 
 
@@ -184,7 +184,7 @@ def test_grades_and_wins(server: Server, tmp_path: Path, capsys: pytest.CaptureF
     cfg = config(server.url, f"eval.judge.questions={asked}", f"eval.judge.reference={theirs}")
     judge.check(cfg.eval.judge)
     kept = journal(tmp_path / "run")
-    figures, rows = judge.run(answers, cfg, kept, calm)
+    figures, rows = judge.run(answers, cfg, kept, calm, calm)
     assert figures["judge"] == judge.mean_interval([4, 9, 2, 10])
     assert figures["judge_win_rate"] == judge.mean_interval([1, 0.5, 0.5, 0.5])
     assert figures["judge_unread"] == Figure(3.0, count=15)
@@ -193,7 +193,10 @@ def test_grades_and_wins(server: Server, tmp_path: Path, capsys: pytest.CaptureF
     assert len(server.asked) == 15 and sum("Reference Answer]\n56" in text for text in server.asked) == 1
     assert server.keys == {f"Bearer {SECRET}"}
     assert SECRET not in kept.path.read_text() + capsys.readouterr().out + json.dumps(rows)
-    again = judge.run(lambda prompts: pytest.fail("asked again"), cfg, journal(tmp_path / "run", 2), calm)
+    told: list[tuple[int, int]] = []
+    kept = journal(tmp_path / "run", 2)
+    again = judge.run(lambda prompts: pytest.fail("asked again"), cfg, kept, calm, lambda *now: told.append(now))
+    assert told == [(15, 15)]
     assert again == (figures, rows) and len(server.asked) == 15
 
 
@@ -206,7 +209,7 @@ def test_busy_and_failing_servers_are_asked_again(server: Server, tmp_path: Path
         return {1: 429, 2: 500}.get(times[text], "[[6]]")
 
     server.say = say
-    figures, rows = judge.run(answers, config(server.url), journal(tmp_path / "run"), calm)
+    figures, rows = judge.run(answers, config(server.url), journal(tmp_path / "run"), calm, calm)
     assert figures == {"judge": Figure(6, 6, 6, 10), "judge_unread": Figure(0.0, count=10)}
     assert set(times.values()) == {3} and [r["prompt"] for r in rows] == list(judge.QUESTIONS)
 
@@ -223,7 +226,7 @@ def test_a_judge_that_goes_away_leaves_no_figures_and_loses_no_judgements(server
     cfg = config(server.url, "eval.judge.concurrency=1", "eval.judge.max_retries=1")
     kept = journal(tmp_path / "run")
     with pytest.raises(DataError, match=rf"{server.url}: the judge does not judge: .*503.*\n  fix: .*is kept") as said:
-        judge.run(answers, cfg, kept, calm)
+        judge.run(answers, cfg, kept, calm, calm)
     assert SECRET not in str(said.value) and len(kept.known) == 10 + 4
     came: list[str] = []
 
@@ -232,7 +235,7 @@ def test_a_judge_that_goes_away_leaves_no_figures_and_loses_no_judgements(server
         return "[[8]]"
 
     server.say, cfg.eval.judge.concurrency = back, 4
-    found, _ = judge.run(answers, cfg, journal(tmp_path / "run", 2), calm)
+    found, _ = judge.run(answers, cfg, journal(tmp_path / "run", 2), calm, calm)
     assert found["judge"].value == pytest.approx((4 * 6 + 6 * 8) / 10) and len(came) == 6
 
 
@@ -252,7 +255,7 @@ def test_a_stop_request_does_not_wait_for_the_judge(server: Server, tmp_path: Pa
     server.say = say
     cfg = config(server.url, "eval.judge.concurrency=1")
     with pytest.raises(KeyboardInterrupt):
-        judge.run(answers, cfg, journal(tmp_path / "run"), pulse)
+        judge.run(answers, cfg, journal(tmp_path / "run"), pulse, calm)
     assert not slow.is_set()
     slow.set()
     assert len(journal(tmp_path / "run", 2).known) == 10 + 3
@@ -261,7 +264,7 @@ def test_a_stop_request_does_not_wait_for_the_judge(server: Server, tmp_path: Pa
 def test_words_without_a_verdict_are_no_figure(server: Server, tmp_path: Path) -> None:
     server.say = lambda text: "As a language model I cannot rate."
     with pytest.raises(DataError, match="of 10 verdicts none can be read"):
-        judge.run(answers, config(server.url), journal(tmp_path / "run"), calm)
+        judge.run(answers, config(server.url), journal(tmp_path / "run"), calm, calm)
 
 
 # ---------------------------------------------------------------------------------------- what is refused

@@ -108,6 +108,18 @@ def test_a_run_of_before_torch_compile_goes_on_and_a_compiled_one_is_another() -
     assert changes(of_before, compiled) == {"training.torch_compile": (None, True)}
 
 
+def test_a_run_of_before_benchmarks_goes_on_and_one_with_them_is_another() -> None:
+    def frozen(*overrides: str) -> dict[str, Any]:
+        return make_config("eval", *overrides) | {"inputs": {}}
+
+    plain, new = frozen(), ("tasks", "tasks_path", "num_fewshot", "task_limit", "judge")
+    of_before = {**plain, "eval": {k: v for k, v in plain["eval"].items() if k not in new}}
+    assert changes(of_before, plain) == {}
+    asked = frozen("eval.tasks=[gsm8k]")
+    assert changes(of_before, asked)["eval.tasks"] == (None, ["gsm8k"])
+    assert changes(asked, frozen("eval.tasks=[gsm8k]", "eval.num_fewshot=8")) == {"eval.num_fewshot": (None, 8)}
+
+
 # ------------------------------------------------------------------------------------------ evaluations
 
 

@@ -159,10 +159,12 @@ def run(
     cfg: Config,
     journal: Journal,
     pulse: Callable[..., None],
+    told: Callable[[int, int], None],
 ) -> tuple[dict[str, Figure], list[Row]]:
     """Ask the tasks of `load`, and what came out: figures `<task>/<metric>`, and a row for each document.
 
     pulse: called before each forward pass or step of vLLM; what it raises ends the work, and what was answered is kept.
+    told: called with how many batches were answered since, and how many are to be asked beside those it knows of.
     Raises DataError for a task that asks for more tokens than the model has positions for.
     """
     from lm_eval.evaluator import evaluate
@@ -170,7 +172,7 @@ def run(
     from post_training.adapters import randomness_kept
 
     with randomness_kept(), _quiet() as cut:
-        lm = _remembering(model, tokenizer, cfg, journal, pulse)
+        lm = _remembering(model, tokenizer, cfg, journal, pulse, told)
         _prepare(tasks["tasks"], cfg.eval.num_fewshot)
         chat = tokenizer.chat_template is not None
         found = evaluate(
@@ -288,6 +290,7 @@ def _remembering(
     cfg: Config,
     journal: Journal,
     pulse: Callable[..., None],
+    told: Callable[[int, int], None],
 ) -> Any:
     """lm-eval's LM whose answers are the journal's, or asked of the model and kept there."""
     import lm_eval
@@ -330,16 +333,16 @@ def _remembering(
             if kind == "generate_until":
                 _require_room(requests, plain)
             chunks = planned([(k, r.args) for k, r in zip(keys, requests, strict=True)], how.batch_size)
-            for number, chunk in enumerate(chunks):
-                if all(keys[i] in journal for i in chunk):
-                    continue
+            missing = [chunk for chunk in chunks if any(keys[i] not in journal for i in chunk)]
+            told(len(chunks) - len(missing), len(chunks))
+            for chunk in missing:
                 pulse()
                 set_seed(int(keys[chunk[0]][:8], 16))  # for tasks that sample
                 lm = asked()
                 lm.fit(kind, [requests[i] for i in chunk])
                 answers = getattr(lm, kind)([requests[i] for i in chunk])
                 journal.add({keys[i]: answer for i, answer in zip(chunk, answers, strict=True)})
-                print(f"benchmarks: {kind}, {number + 1} of {len(chunks)} batches", flush=True)
+                told(1, 0)
             return [journal[k] for k in keys]
 
     return Remembering()

@@ -243,22 +243,34 @@ def unreachable(how: How, error: Exception) -> DataError:
     return DataError(f"eval.judge.base_url={how.base_url}: the judge {reason}\n  fix: {fix}")
 
 
-def ask(how: How, wanted: Mapping[str, Messages], journal: Journal, pulse: Callable[..., None]) -> None:
+def ask(
+    how: How,
+    wanted: Mapping[str, Messages],
+    journal: Journal,
+    pulse: Callable[..., None],
+    told: Callable[[int, int], None],
+) -> None:
     """Have the judge's words for all messages, by key, in the journal: what is there already is not asked again.
 
     pulse: called every second; what it raises ends the work at once, and what has come is kept. Raises DataError where
     the judge does not answer any more, after the client's own retries.
     """
     missing = {same: messages for same, messages in wanted.items() if same not in journal}
+    told(len(wanted) - len(missing), len(wanted))
     if missing:
-        asyncio.run(_ask(how, missing, journal, pulse))
+        asyncio.run(_ask(how, missing, journal, pulse, told))
 
 
-async def _ask(how: How, missing: Mapping[str, Messages], journal: Journal, pulse: Callable[..., None]) -> None:
+async def _ask(
+    how: How,
+    missing: Mapping[str, Messages],
+    journal: Journal,
+    pulse: Callable[..., None],
+    told: Callable[[int, int], None],
+) -> None:
     import openai
 
     places = asyncio.Semaphore(how.concurrency)
-    done = 0
     async with openai.AsyncOpenAI(**_client(how)) as client:
 
         async def judgement(same: str) -> tuple[str, str]:
@@ -273,14 +285,14 @@ async def _ask(how: How, missing: Mapping[str, Messages], journal: Journal, puls
             while running:
                 finished, running = await asyncio.wait(running, timeout=1, return_when=asyncio.FIRST_COMPLETED)
                 errors = [error for task in finished if (error := task.exception()) is not None]
-                journal.add(dict(task.result() for task in finished if task.exception() is None))
-                done += len(finished)
+                come = dict(task.result() for task in finished if task.exception() is None)
+                journal.add(come)
                 if errors and isinstance(errors[0], openai.OpenAIError):
                     raise unreachable(how, errors[0]) from None
                 if errors:
                     raise errors[0]
-                if finished:
-                    print(f"judge: {done} of {len(missing)} judgements", flush=True)
+                if come:
+                    told(len(come), 0)
                 pulse()
         finally:
             for task in running:
@@ -292,11 +304,16 @@ async def _ask(how: How, missing: Mapping[str, Messages], journal: Journal, puls
 
 
 def run(
-    answer: Callable[[list[str]], list[str]], cfg: Config, journal: Journal, pulse: Callable[..., None]
+    answer: Callable[[list[str]], list[str]],
+    cfg: Config,
+    journal: Journal,
+    pulse: Callable[..., None],
+    told: Callable[[int, int], None],
 ) -> tuple[dict[str, Figure], list[Row]]:
     """Figures `judge` and, with a reference, `judge_win_rate`, and a row for each question.
 
-    answer: the model's answers to a batch of prompts, asked for those that the journal does not have. Raises DataError.
+    answer: the model's answers to a batch of prompts, asked for those that the journal does not have. told: called with
+    how many judgements came since, and how many are to be asked beside those it knows of. Raises DataError.
     """
     how = cfg.eval.judge
     asked = questions(how)
@@ -315,7 +332,7 @@ def run(
             messages |= {"first": pair(question, ours, theirs), "second": pair(question, theirs, ours)}
         wanted.append(messages)
     named = [{part: key("judge", how.model, m) for part, m in messages.items()} for messages in wanted]
-    ask(how, {k[p]: m[p] for k, m in zip(named, wanted, strict=True) for p in m}, journal, pulse)
+    ask(how, {k[p]: m[p] for k, m in zip(named, wanted, strict=True) for p in m}, journal, pulse, told)
     said = [{part: str(journal[same]) for part, same in k.items()} for k in named]
     rows = [_row(q, a, s, others) for q, a, s in zip(asked, answers, said, strict=True)]
     return figures(rows), rows

@@ -46,17 +46,29 @@ class Outside:
         journal: Journal,
         pulse: Callable[..., None],
         answer: Callable[[list[str], int], list[str]],
+        tell: Callable[[int, int], None],
     ) -> dict[str, Figure]:
-        """Their figures. answer: the model's answers to prompts, of at most so many tokens. Raises DataError."""
+        """Their figures. Raises DataError.
+
+        answer: the model's answers to prompts, of at most so many tokens. tell: called with how many of so many batches
+        and judgements are done; how many there are shows as lm-eval asks for them.
+        """
         figures: dict[str, Figure] = {}
+        done = total = 0
+
+        def told(more: int, planned: int) -> None:
+            nonlocal done, total
+            done, total = done + more, total + planned
+            tell(done, total)
+
         if self.tasks is not None:
             found, self.files[benchmarks.SAMPLES] = benchmarks.run(
-                model, tokenizer, self.tasks, self.cfg, journal, pulse
+                model, tokenizer, self.tasks, self.cfg, journal, pulse, told
             )
             figures |= found
         if self.cfg.eval.judge.base_url is not None:
             longest = self.cfg.eval.judge.max_new_tokens
-            found, self.files[judge.SAMPLES] = judge.run(lambda p: answer(p, longest), self.cfg, journal, pulse)
+            found, self.files[judge.SAMPLES] = judge.run(lambda p: answer(p, longest), self.cfg, journal, pulse, told)
             figures |= found
         return figures
 

@@ -111,7 +111,11 @@ def judge_policy(
     found, started = policy.figures(), time.monotonic()
     theirs: dict[str, Figure] = {}
     if outside.asks:
-        theirs = outside.ask(policy.model(), stage.tokenizer, work.journal, work.pulse, policy.answer)
+        before = sum(len(part.batches) for part in work.parts)
+        theirs = outside.ask(
+            policy.model(), stage.tokenizer, work.journal, work.pulse, policy.answer,
+            lambda done, total: work.tell(before + done, before + total),
+        )  # fmt: skip
     headline = next((name for name in ("accuracy", "instructions", *theirs) if name in found | theirs), None)
     seconds = round(work.seconds + time.monotonic() - started, 1)
     return Results(headline, found | theirs, policy.settings, seconds), policy.samples()
