@@ -393,6 +393,16 @@ class Sample:
 
 
 @dataclass
+class EvalText:
+    name: str | None = key(None, "what it is, as in data.name; null: the line's base stage's, or the data's own")
+    path: str | None = key(None, "records, as in data.path; null: the data set's own hub id")
+    subset: str | None = key(None, "configuration on the hub; null: the data set's own")
+    split: str | None = key(None, "split, as in data.split")
+    transform: str | None = key(None, "transform of the records, as in data.transform")
+    held_out: int | None = key(None, "documents that are held out; null: data.held_out")
+
+
+@dataclass
 class Judge:
     """A language model behind an OpenAI-compatible server. A key that it wants is in the job's OPENAI_API_KEY."""
 
@@ -411,6 +421,11 @@ class Eval:
     max_new_tokens: int = key(256, "longest answer, tokens")
     batch_size: int = key(256, "prompts per generation batch")
     num_problems: int = key(512, "held-out problems or records scored")
+    num_samples: int = key(0, "answers sampled for each problem: pass@k and majority; 0: greedy answers alone")
+    temperature: float = key(1.0, "sampling temperature of num_samples, above 0")
+    num_instructions: int = key(0, "prompts with rules that a program checks; 0: none")
+    text: EvalText = key(EvalText(), "text on which forgetting is measured, as in {name: text, path: ...}")
+    base_text: dict[str, Any] = key({}, "that base stage's data, where it is not this one's; filled in at submission")
     backend: str = key("transformers", "who generates the answers: transformers or vllm")
     gpu_memory_utilization: float = key(0.5, "vllm: share of the GPU's memory that it takes, above 0 to 1")
     tasks: list[str] = key([], "benchmarks of lm-eval, as in [gsm8k,ifeval,mmlu]; needs the extra [lm-eval]")
@@ -418,6 +433,19 @@ class Eval:
     num_fewshot: int | None = key(None, "worked examples in a benchmark's prompts; null: as each task has it")
     task_limit: int | None = key(None, "documents of each benchmark that are asked, the first ones; null: all")
     judge: Judge = key(Judge(), "a language model that grades the answers; off without base_url")
+
+
+@dataclass
+class Serve:
+    """What `launchers.serve` starts; says nothing about any run."""
+
+    engine: str = key("auto", "vllm, transformers, or auto: vllm where the server has GPUs and vLLM is installed")
+    gpus: int = key(1, "GPUs of the server, over which the model is shared; none where slurm.gpus_per_node=0")
+    port: int | None = key(None, "port on the server's node, 1024 to 65535; null: a free one")
+    page_port: int = key(7860, "--page: the first free port from this one on")
+    dtype: str = key("auto", "dtype of the weights: float32, bfloat16, float16, or auto: what the engine takes")
+    wall_time: str = key("04:00:00", "time limit of the server's job: minutes, HH:MM:SS or D-HH:MM:SS")
+    arguments: list[str] = key([], "further arguments of the engine's own command, as in ['--max-model-len=8192']")
 
 
 @dataclass
@@ -502,6 +530,7 @@ class Config:
     guardrails: Guardrails = key(Guardrails(), "what is done when training goes wrong")
     sample: Sample = key(Sample(), "sample stage: rejection sampling, records for sft from a model's best answers")
     eval: Eval = key(Eval(), "eval stage: held-out judgement of one model")
+    serve: Serve = key(Serve(), "launchers.serve: an OpenAI-compatible server for a stage's model")
     prepare: Prepare = key(Prepare(), "prepare stage: data tokenised and packed before its stages start, on CPUs")
     pipeline: Pipeline = key(Pipeline(), "the graph of stages")
     stages: dict[str, Any] = key({}, "what `<stage>.<key>=...` on the command line sets for one stage alone")

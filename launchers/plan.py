@@ -88,6 +88,7 @@ def freeze(cfg: Config, name: str, run_name: str, inputs: Mapping[str, Any]) -> 
     plain["model"]["chat_template"] = _frozen_template(cfg.model.chat_template)
     for part in plain["data"]["datasets"]:
         part["path"] = absolute(part["path"])
+    plain["eval"]["text"]["path"] = absolute(plain["eval"]["text"]["path"])
     own = own_files(cfg)
     if cfg.data.transform_file is not None:
         plain["data"]["transform_file"] = own[cfg.data.transform_file][0]
@@ -111,6 +112,8 @@ def determining(frozen: Frozen) -> dict[str, Any]:
     """The part of a frozen config that determines the output: where and how fast it runs is not in it."""
     stage = frozen["stage"]
     inputs = {role: source and (source["identity"] or source["path"]) for role, source in frozen["inputs"].items()}
+    if stage == "eval" and (frozen["inputs"].get("reference") or {}).get("derived"):
+        inputs["reference"] = None  # it follows from the model
     if inputs.get("data") is None:  # as above
         inputs.pop("data", None)
     parts = {section: frozen[section] for section in ("stage", "seed", "model", "data", "training", stage)}
@@ -129,7 +132,11 @@ def determining(frozen: Frozen) -> dict[str, Any]:
 def _without_engine(stage: str, section: dict[str, Any]) -> dict[str, Any]:
     """A stage's section with nothing on vLLM but that it generates, where it does: how it is run changes no output."""
     if stage == "eval":
-        dropped = {"gpu_memory_utilization"} | ({"backend"} if section.get("backend") == "transformers" else set())
+        dropped = {"gpu_memory_utilization", "base_text"}  # the model's identity says on which base it stands
+        dropped |= {"backend"} if section.get("backend") == "transformers" else set()
+        dropped |= {key for key in ("num_samples", "num_instructions") if not section.get(key)}
+        dropped |= {"text"} if (section.get("text") or {}).get("name") is None else set()
+        dropped |= {"temperature"} if "num_samples" in dropped else set()
         return _without_outside({k: v for k, v in section.items() if k not in dropped})
     how = section.get("generation", {}).get("backend", "transformers")
     rest = {k: v for k, v in section.items() if k != "generation"}
@@ -480,9 +487,30 @@ def _trains_tokenizer(selection: Selection, name: str) -> bool:
     return path is None and [*(m["tokenizer"] for m in before), selection.config(name).model.tokenizer][0] == "train"
 
 
+def base_text(selection: Selection, name: str) -> dict[str, Any]:
+    """The data, frozen, of the base stage that an eval's line begins with: all models of the line are measured on its
+    text. {}: there is none, or it is the eval's own data, or takes transforms of the user's that the eval lacks."""
+    first, mine = name, selection.config(name)
+    while (source := sources(selection, first)["model"] or "").startswith("stage:"):
+        first = source.removeprefix("stage:")
+    base = selection.config(first)
+    if base.stage != "base" or base.data.transform_file not in (None, mine.data.transform_file):
+        return {}
+    theirs, ours = (freeze(cfg, name, selection.run_name, {})["data"] for cfg in (base, mine))
+    return theirs if theirs != ours else {}
+
+
+def _start_model(judged: Frozen | None) -> dict[str, Any] | None:
+    """The model that a judged policy's stage started from, as an eval's reference; None where there is none."""
+    start = ((judged or {}).get("inputs") or {}).get("model")
+    return {**start, "derived": True} if start and (judged or {}).get("stage") not in ("rm", "sample") else None
+
+
 def _completed(selection: Selection, name: str) -> Config:
-    """A stage's config; of a prepare stage, with its targets."""
+    """A stage's config; of a prepare stage with its targets, of an eval with the base stage's text."""
     cfg = selection.config(name)
+    if cfg.stage == "eval" and cfg.eval.text.name is None:
+        return replace(cfg, eval=replace(cfg.eval, base_text=base_text(selection, name)))
     if cfg.stage != "prepare":
         return cfg
     return replace(cfg, prepare=replace(cfg.prepare, targets=prepare_targets(selection, name)))
@@ -530,6 +558,7 @@ def make_plan(selection: Selection, ask: bool = True) -> Plan:
     finished = cache(lambda: finished_runs(selection.output_base))  # looked for once, if at all
 
     upstream: dict[str, tuple[Path, str | None, list[str]]] = {}  # run directory, identity, jobs to wait for
+    configs: dict[str, Frozen | None] = {}
     gates_outside: dict[str, dict[str, Any] | None] = {}
     for up in outside:
         there = found.get(roots[up], Found())
@@ -537,7 +566,7 @@ def make_plan(selection: Selection, ask: bool = True) -> Plan:
             roots[up], there = same, Found(RunDirectory(same).read_config(), whole=True)
         user = next(name for name in selection.wanted if up in needed[name])
         jobs = _wait_for(user, up, there, roots[up], selection.config(user))
-        upstream[up] = (roots[up], (there.config or {}).get("identity"), jobs)
+        upstream[up], configs[up] = (roots[up], (there.config or {}).get("identity"), jobs), there.config
         gates_outside[up] = frozen_gate(
             selection.stages[up],
             lambda parent: Path(described[parent]["run_dir"]) if parent in described else folder / parent,
@@ -550,12 +579,17 @@ def make_plan(selection: Selection, ask: bool = True) -> Plan:
     for name in selection.wanted:
         cfg = _completed(selection, name)
         inputs: dict[str, Any] = {}
+        judged: Frozen | None = None
         for role, source in origins[name].items():
             kind, _, value = (source or "").partition(":")
             if kind == "path":
                 inputs[role] = _path_input(value)
             elif kind == "stage":
                 inputs[role] = _run_input(*upstream[value][:2])
+                if cfg.stage == "eval" and role == "model":
+                    judged = configs[value]
+        if cfg.stage == "eval" and inputs.get("reference") is None:
+            inputs["reference"] = _start_model(judged)
         frozen = freeze(cfg, name, selection.run_name, inputs)
         if (own_gate := frozen_gate(selection.stages[name], lambda parent: upstream[parent][0])) is not None:
             frozen["gate"] = own_gate
@@ -583,7 +617,7 @@ def make_plan(selection: Selection, ask: bool = True) -> Plan:
             held_by=name if why is not None else held_by if decision == "held" else None,
         )  # fmt: skip
         own = planned[name].job_id
-        upstream[name] = (root, frozen["identity"], [own] if own is not None else [])
+        upstream[name], configs[name] = (root, frozen["identity"], [own] if own is not None else []), frozen
     _check_restart(planned)
     keep = {name: entry for name, entry in described.items() if name not in planned} if selection.only_one else {}
     for up in outside:

@@ -72,6 +72,8 @@ def check_paths(cfg: Config) -> None:
         sources["merge.adapter"] = cfg.merge.adapter
     if cfg.model.name_or_path is None and cfg.model.tokenizer not in ("bytes", "train"):
         sources["model.tokenizer"] = cfg.model.tokenizer
+    if cfg.stage == "eval" and cfg.eval.text.name is not None:
+        sources["eval.text.path"] = cfg.eval.text.path or KNOWN[cfg.eval.text.name].hub_id
     for key, value in sources.items():
         if value is not None:
             _check_source(key, value, cache)
@@ -185,7 +187,8 @@ def _check_source(key: str, value: str, cache: Path | None) -> None:
         raise ConfigError(
             key, value, "no such file or folder", f"{key}=<a path that exists>, or a hub id such as Qwen/Qwen3-0.6B"
         )
-    if cache is not None and not in_cache("dataset" if key.startswith("data.") else "model", value, cache):
+    kind = "dataset" if key.startswith(("data.", "eval.text.")) else "model"
+    if cache is not None and not in_cache(kind, value, cache):
         raise ConfigError(
             key, value, f"is no local path and not in {cache}, and offline=true asks no hub",
             f"python -m launchers.prefetch first, {key}=<a local path>, or offline=false",

@@ -34,6 +34,11 @@ class Outside:
             judge.check(cfg.eval.judge)
         self.tasks = benchmarks.load(cfg) if cfg.eval.tasks else None
 
+    @property
+    def asks(self) -> bool:
+        """Whether anything is asked for."""
+        return self.tasks is not None or self.cfg.eval.judge.base_url is not None
+
     def ask(
         self,
         model: PreTrainedModel,

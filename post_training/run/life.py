@@ -272,7 +272,8 @@ def held_back(run: RunDirectory) -> str | None:
 
 def _input_problem(config: dict[str, Any]) -> str | None:
     for name, source in config["inputs"].items():
-        folder = Path(source["path"]) if source and source.get("run_dir") else None
+        needed = source and source.get("run_dir") and not source.get("derived")  # an eval can do without that one
+        folder = Path(source["path"]) if needed else None
         if folder is not None and (why := manifest.problem(folder)):
             return f"inputs.{name}={folder}: not a complete output ({why})"
     return None

@@ -77,6 +77,7 @@ METRICS: dict[str, Metric] = {
     "distinct_2": Metric("dist-2", "{:.3f}", 0, "different pairs of tokens in all answers, of all pairs"),
     "length": Metric("tokens", "{:.1f}", 0, "tokens of an answer"),
     "truncated": Metric("cut", "{:.2f}", -1, "share of answers that ended at eval.max_new_tokens"),
+    "thought": Metric("thinks", "{:.2f}", 0, "share of answers with a thought that is not empty"),
     "steps": Metric("steps", "{:.1f}", 0, "steps of reasoning in an answer"),
     "steps_right": Metric("right", "{:.2f}", 1, "share of steps with an equation whose equations hold"),
     "margin": Metric("margin", "{:.2f}", 1, "reward of the chosen answer minus that of the other"),
