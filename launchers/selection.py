@@ -158,6 +158,11 @@ def _lacks(metric: str | None, cfg: Config) -> tuple[str, object, str] | None:
     asked = cfg.eval
     if metric is not None and "/" in metric and not asked.tasks:
         return "eval.tasks", asked.tasks, f"[{metric.partition('/')[0]}]"
+    draws = 1 if metric == "majority" else int(metric[5:]) if metric is not None and metric.startswith("pass@") else 0
+    if draws > asked.num_samples:
+        return "eval.num_samples", asked.num_samples, str(max(draws, 8))
+    if metric == "instructions" and not asked.num_instructions:
+        return "eval.num_instructions", 0, "64"
     if metric in ("judge", "judge_win_rate") and asked.judge.base_url is None:
         return "eval.judge.base_url", None, "http://..."
     if metric == "judge_win_rate" and asked.judge.reference is None:
