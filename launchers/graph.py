@@ -177,6 +177,9 @@ def _check_metric(stages: Mapping[str, Node], name: str, metric: str, bound: str
     if metric not in results.METRICS and not re.fullmatch(r"pass@[1-9]\d*|[^/\s]+/\S+", metric):
         fix = nearest(metric, [*results.METRICS, "pass@K", "<task>/<metric>"])
         raise ConfigError(f"{key}.metric", metric, "no figure of an evaluation", fix)
+    if metric.startswith("pass@") and int(metric[5:]).bit_count() != 1:
+        near = f"pass@{1 << (int(metric[5:]).bit_length() - 1)}"
+        raise ConfigError(f"{key}.metric", metric, "is found for powers of two alone", f"{key}.metric={near}")
     how = results.metric(metric)
     if bound == "max_drop" and how.better == 0:
         problem = f"of {metric} neither more nor less is better, so it cannot drop"

@@ -101,7 +101,7 @@ def select(tokens: Sequence[str], only_one: bool) -> Selection:
             check_run(cfg)
             check_paths(cfg)
             check_memory(cfg)
-        _check_comparable(stages, name, config)
+        _check_gate(stages, name, config)
     return Selection(
         run_name=root.run_name or root.pipeline.name,
         output_base=Path(root.paths.output_base).expanduser().absolute(),
@@ -130,10 +130,18 @@ ASKED = ("name", "path", "subset", "split", "eval_path", "eval_split", "held_out
 """Keys of `data` that say which problems an evaluation asks."""
 
 
-def _check_comparable(stages: Mapping[str, Node], name: str, config: Callable[[str], Config]) -> None:
-    """Refuse a gate that compares with an evaluation on other data."""
+def _check_gate(stages: Mapping[str, Node], name: str, config: Callable[[str], Config]) -> None:
+    """Refuse a gate on a figure that is not asked for, or that compares with an evaluation on other data."""
     gate = graph.gate_of(stages[name])
-    if gate is None or gate.parent is None:
+    if gate is None:
+        return
+    for judge in (name, *([gate.parent] if gate.parent is not None else [])):
+        lacks = _lacks(gate.metric, config(judge))
+        if lacks is not None:
+            key, value, fix = lacks
+            problem = f"without it {judge} finds no {gate.metric}, the metric of {name}.gate"
+            raise ConfigError(f"{judge}.{key}", value, problem, f"{judge}.{key}={fix}")
+    if gate.parent is None:
         return
     ours, theirs = config(name).data, config(gate.parent).data
     other = next((k for k in ASKED if getattr(ours, k) != getattr(theirs, k)), None)
@@ -143,6 +151,23 @@ def _check_comparable(stages: Mapping[str, Node], name: str, config: Callable[[s
             f"is on other data: data.{other}={getattr(theirs, other)}, here {getattr(ours, other)}",
             f"the same data for both, {name}.gate.parent=<an eval on the same data>, or {name}.gate.at_least=...",
         )  # fmt: skip
+
+
+def _lacks(metric: str | None, cfg: Config) -> tuple[str, object, str] | None:
+    """The key, its value and a better one where an evaluation so configured does not look for a figure. Pure."""
+    asked = cfg.eval
+    if metric is not None and "/" in metric and not asked.tasks:
+        return "eval.tasks", asked.tasks, f"[{metric.partition('/')[0]}]"
+    draws = 1 if metric == "majority" else int(metric[5:]) if metric is not None and metric.startswith("pass@") else 0
+    if draws > asked.num_samples:
+        return "eval.num_samples", asked.num_samples, str(max(draws, 8))
+    if metric == "instructions" and not asked.num_instructions:
+        return "eval.num_instructions", 0, "64"
+    if metric in ("judge", "judge_win_rate") and asked.judge.base_url is None:
+        return "eval.judge.base_url", None, "http://..."
+    if metric == "judge_win_rate" and asked.judge.reference is None:
+        return "eval.judge.reference", None, "<JSONL of {prompt, completion}, or an eval's folder>"
+    return None
 
 
 def _refuse_for_all(layers: Layers) -> None:
