@@ -123,6 +123,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
         (share(0.8, 0.1), share(0.5, 0.1), True),
         (share(0.5, 0.1), share(0.65, 0.1), False),
         (Figure(0.5, 0.4, 0.6), Figure(0.7, 0.6, 0.8), False),  # they touch
+        (Figure(0.7, 0.6, 0.8), Figure(0.5, 0.4, 0.6), False),
         (Figure(0.5, 0.4, 0.6), Figure(0.9), None),
         (Figure(0.5, None, 0.6), share(0.9, 0.1), None),
     ],
