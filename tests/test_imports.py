@@ -14,7 +14,7 @@ HEAVY = ("torch", "transformers", "trl", "datasets", "accelerate", "deepspeed")
 MODULES = [
     "launchers.submit", "launchers.pipeline", "launchers.status", "launchers.compare", "launchers.devcluster",
     "launchers.local", "launchers.executor", "launchers.render", "conf.schema", "conf.check", "post_training.run.life",
-    "launchers.prefetch", "conf.chat",
+    "launchers.prefetch", "conf.chat", "launchers.serve", "launchers.page",
 ]  # fmt: skip
 
 
@@ -53,6 +53,8 @@ def test_import(module: str) -> None:
         ["launchers.submit", "--cfg", "job"],
         ["launchers.submit", "stage=base", "dry_run=true", "cluster=dev"],
         ["launchers.pipeline", "dry_run=true", "cluster=local"],
+        ["launchers.serve", "--help"],
+        ["launchers.serve", "inputs.model=a/b", "cluster=h100", "serve.engine=transformers", "dry_run=true"],
         ["launchers.pipeline", "dry_run=true", "cluster=local", "sft.lr=1e-5,1e-4", "-m"],
     ],
 )
