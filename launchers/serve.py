@@ -41,6 +41,8 @@ from post_training.run.directory import RunDirectory, write_atomic
 if TYPE_CHECKING:
     import psutil
 
+    from launchers.local import Wakeup
+
 USAGE = """
 usage: python -m launchers.serve stage=<stage> [run_name=<pipeline>] [<key>=<value> ...] [--page] [--detach]
        python -m launchers.serve inputs.model=<folder or hub id> [<key>=<value> ...]
@@ -369,7 +371,7 @@ def process_of(server: Server) -> psutil.Process | None:
 class State:
     """What a server is doing."""
 
-    word: str  # queued, loading, answers, ended or unknown
+    word: str  # queued, loading, answers, ending, ended or unknown
     text: str = ""  # the same for people
     job_id: str | None = None
 
@@ -386,7 +388,9 @@ def judge(server: Server, job: slurm.JobRecord | slurm.Unknown | None, runs: boo
         return State("unknown", f"SLURM does not answer: {job.why}", server.job_id)
     if job is None:
         return State("ended", "SLURM does not know its job", server.job_id)
-    if not job.live or job.state == "COMPLETING":
+    if job.state == "COMPLETING":
+        return State("ending", "its processes are being ended", job.job_id)
+    if not job.live:
         words = {"TIMEOUT": "its wall time is over", "CANCELLED": "cancelled", "PREEMPTED": "preempted",
                  "NODE_FAIL": "its node was lost", "FAILED": "it failed", "OUT_OF_MEMORY": "out of memory"}  # fmt: skip
         return State("ended", words.get(job.state, f"SLURM says {job.state}"), job.job_id)
@@ -606,39 +610,48 @@ def serve(order: Order, detach: bool) -> int:
         return 0
     if order.cfg.cluster.scheduler == "slurm":
         check_slurm(order)
-    from launchers.local import _Wakeup
+    from launchers.local import Wakeup
 
-    with _Wakeup() as wakeup:
+    with Wakeup() as wakeup:
         folder, server = start(order)
         gpus = f", {order.gpus} GPU{'s' if order.gpus > 1 else ''}" if order.gpus else ", on CPUs"
         print(f"{server.name}: {server.engine}{gpus}, {'job ' if server.job_id else ''}{server.job}", flush=True)
-        began, said, said_at, ready = time.monotonic(), "", 0.0, False
-        while True:
-            state = states({folder: server})[folder]
-            if wakeup.stops and (not ready or not detach):
-                problem = stop(folder, server, state)
-                if problem is not None:
-                    print(f"error: {server.name}: {problem}\n  fix: {_stop_command(order, server)}", file=sys.stderr)
-                    return 1
-                print(f"{server.name} is stopped", flush=True)
-                return 0 if ready else 130
-            if state.word == "ended":
-                if not folder.exists():
-                    print(f"{server.name} was stopped by another command", flush=True)
-                    return 0
-                _report_end(folder, server, state)
+        try:
+            return _attend(order, folder, server, wakeup, detach)
+        except BaseException:  # nobody reads the output any more (`| head`), or worse
+            stop(folder, server, states({folder: server})[folder])
+            raise
+
+
+def _attend(order: Order, folder: Path, server: Server, wakeup: Wakeup, detach: bool) -> int:
+    """Wait for a server's answer, then for its end or the order to stop it. The exit status."""
+    began, said, said_at, ready = time.monotonic(), "", 0.0, False
+    while True:
+        state = states({folder: server})[folder]
+        if wakeup.stops:
+            problem = stop(folder, server, state)
+            if problem is not None:
+                print(f"error: {server.name}: {problem}\n  fix: {_stop_command(order, server)}", file=sys.stderr)
                 return 1
-            endpoint = read_endpoint(folder)
-            if endpoint is not None and not ready:
-                ready = True
-                print(f"({time.monotonic() - began:.0f} s)")
-                _say_ready(order, folder, server, endpoint, detach)
-                if detach:
-                    return 0
-            elif not ready and (state.text != said or time.monotonic() - said_at > 30):
-                said, said_at = state.text, time.monotonic()
-                print(f"{said} ({said_at - began:.0f} s)", flush=True)
-            wakeup.wait((WATCH_S if ready else POLL_S)[server.scheduler])
+            print(f"{server.name} is stopped", flush=True)
+            return 0 if ready else 130
+        if state.word == "ended":
+            if not folder.exists():
+                print(f"{server.name} was stopped by another command", flush=True)
+                return 0
+            _report_end(folder, server, state)
+            return 1
+        endpoint = read_endpoint(folder)
+        if endpoint is not None and not ready:
+            ready = True
+            print(f"after {time.monotonic() - began:.0f} s:")
+            _say_ready(order, folder, server, endpoint, detach)
+            if detach:
+                return 0
+        elif not ready and (state.text != said or time.monotonic() - said_at > 30):
+            said, said_at = state.text, time.monotonic()
+            print(f"{said} ({said_at - began:.0f} s)", flush=True)
+        wakeup.wait((WATCH_S if ready else POLL_S)[server.scheduler])
 
 
 def _stop_command(order: Order, server: Server) -> str:

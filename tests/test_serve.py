@@ -218,7 +218,7 @@ def job(state: str, reason: str = "None") -> slurm.JobRecord:
         (job("PENDING", "Resources"), False, "queued", "queued: "),
         (job("RUNNING"), False, "loading", "loading full/sft on node7"),
         (job("RUNNING"), True, "answers", ""),
-        (job("COMPLETING"), True, "ended", ""),
+        (job("COMPLETING"), True, "ending", ""),
         (job("TIMEOUT"), True, "ended", "its wall time is over"),
         (job("FAILED"), False, "ended", "it failed"),
         (None, True, "ended", "SLURM does not know its job"),
@@ -409,6 +409,16 @@ def test_a_stop_while_it_loads_and_a_server_that_does_not_listen_to_it(bench: Be
         wait_for("an answer", lambda: "p/sft answers" in bench.said())
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0, bench.said()
+    assert not left_over(bench.base) and not list(bench.base.glob(".serve/*"))
+
+
+def test_a_server_ends_with_who_reads_about_it(bench: Bench) -> None:
+    """`... | head -1`"""
+    argv = bench.argv("stage=sft", "cluster=local", bench.stub)
+    process = subprocess.Popen(argv, cwd=bench.folder, env=bench.env, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline().startswith("p/sft: transformers, on CPUs, process")
+    process.stdout.close()
+    assert process.wait(60) == 141
     assert not left_over(bench.base) and not list(bench.base.glob(".serve/*"))
 
 
