@@ -76,7 +76,7 @@ def build(url: str, model: str, raw: bool) -> gradio.Blocks:
             raise gradio.Error(f"{url}: {error}", print_exception=False) from error
 
     about = (
-        "A base model, without a chat template: it goes on with your text, and remembers nothing of the last one."
+        "A base model: it goes on with your text, knows no chat, and remembers nothing of the text before."
         if raw
         else "Answers come as the model makes them, its tags included. Temperature 0 takes the likeliest token."
     )

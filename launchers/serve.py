@@ -75,7 +75,7 @@ class Served:
     name: str  # of the model in requests: <run_name>/<stage>, or the hub id
     model: str  # absolute folder, or hub id
     local: bool  # a folder
-    chat: bool  # it has a chat template; else it goes on with texts
+    chat: bool  # it knows a chat template; else it goes on with texts, as a base stage's model does in any case
 
 
 def in_folder(folder: Path, name: str, key: str, value: str) -> Served:
@@ -94,7 +94,14 @@ def in_folder(folder: Path, name: str, key: str, value: str) -> Served:
     if not any("CausalLM" in a or "LMHeadModel" in a or "ConditionalGeneration" in a for a in architectures):
         shown = ", ".join(architectures) or "no architecture"
         raise ConfigError(key, value, f"{folder} holds a {shown}, which answers nothing", "a stage that makes a policy")
-    return Served(name, str(folder), local=True, chat=_has_template(folder))
+    return Served(name, str(folder), local=True, chat=_has_template(folder) and _technique(folder.parent) != "base")
+
+
+def _technique(root: Path) -> str | None:
+    """The stage of a run; None where there is no run."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return str(RunDirectory(root).read_config().get("stage"))
+    return None
 
 
 def _has_template(folder: Path) -> bool:
@@ -146,12 +153,9 @@ def of_stage(output_base: Path, run_name: str | None, stage: str) -> Served:
         problem = f"several pipelines in {output_base} have a stage {stage}: {', '.join(having)}"
         raise ConfigError("run_name", None, problem, f"run_name={having[-1]}")
     run = RunDirectory(pipelines[having[0]][stage])
-    try:
-        config = run.read_config()
-    except (OSError, ValueError):
+    if (technique := _technique(run.root)) is None:
         problem = f"{run.root} holds no run"
-        raise ConfigError("stage", stage, problem, f"python -m launchers.submit stage={stage} first") from None
-    technique = config.get("stage")
+        raise ConfigError("stage", stage, problem, f"python -m launchers.submit stage={stage} first")
     if technique == "rm" or (technique in UNTRAINED and technique != "merge"):
         policies = [name for name, path in pipelines[having[0]].items() if _answers(path)]
         what = "a reward model, which scores answers" if technique == "rm" else f"the output of {technique}, no model"
@@ -163,10 +167,7 @@ def of_stage(output_base: Path, run_name: str | None, stage: str) -> Served:
 
 
 def _answers(root: Path) -> bool:
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        technique = RunDirectory(root).read_config().get("stage")
-        return technique == "merge" or technique not in ("rm", *UNTRAINED)
-    return False
+    return (technique := _technique(root)) == "merge" or technique not in (None, "rm", *UNTRAINED)
 
 
 # ------------------------------------------------------------------------------------------ the command
@@ -568,7 +569,7 @@ def shown(server: Server, endpoint: Endpoint, here: bool, user: str, login: str,
         path, body = "chat/completions", body | {"messages": [{"role": "user", "content": "26+27=?"}]}
     else:
         path, body = "completions", body | {"prompt": "26+27=", "max_tokens": 64}
-        lines.append("  a base model, without a chat template: it goes on with texts (/v1/completions)")
+        lines.append("  it is a base model: it goes on with texts (/v1/completions) and knows no chat")
     key = (
         ' -H "Authorization: Bearer $VLLM_API_KEY"' if server.engine == "vllm" and "VLLM_API_KEY" in os.environ else ""
     )

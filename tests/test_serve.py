@@ -119,8 +119,7 @@ def make_run(root: Path, stage: str, architecture: str = "LlamaForCausalLM", who
     model.mkdir(parents=True)
     (root / "config.yaml").write_text(yaml.safe_dump({"stage": stage}))
     (model / "config.json").write_text(json.dumps({"architectures": [architecture]}))
-    if stage not in ("base",):
-        (model / "chat_template.jinja").write_text("...")
+    (model / "chat_template.jinja").write_text("...")
     if whole:
         manifest.write(model)
     return model
@@ -166,7 +165,10 @@ def test_a_stage_without_a_model_to_talk_to_is_refused(base: Path, run_name: str
 
 def test_models_from_outside(tmp_path: Path) -> None:
     model = make_run(tmp_path / "a pipe" / "sft", "sft")
-    assert serve.of_path(str(model)) == serve.of_path(str(model.parent))
+    assert serve.of_path(str(model)) == serve.of_path(str(model.parent)) and serve.of_path(str(model)).chat
+    assert not serve.of_path(str(make_run(tmp_path / "b" / "base", "base"))).chat  # whatever template it brings
+    (make_run(tmp_path / "b" / "sft", "sft", whole=False) / "chat_template.jinja").unlink()
+    assert not serve.of_path(str(tmp_path / "b" / "sft")).chat
     assert serve.of_path(str(model)).name == "a-pipe/sft"
     assert serve.of_path("Qwen/Qwen3-0.6B") == Served("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B", local=False, chat=True)
     with pytest.raises(ConfigError, match="no such folder"):
