@@ -209,7 +209,7 @@ def _ending_text(code: int, job: _Job) -> str:
     return f"the job script ended with status {code}" + (f": {last[:300]}" if last else "")
 
 
-class _Wakeup:
+class Wakeup:
     """Wakes the supervisor when a child ends or a stop is wanted. Handlers only note the signal."""
 
     STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -217,7 +217,7 @@ class _Wakeup:
     def __init__(self) -> None:
         self.stops: list[float] = []
 
-    def __enter__(self) -> _Wakeup:
+    def __enter__(self) -> Wakeup:
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._old_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._old: dict[signal.Signals, Any] = {}
@@ -343,7 +343,7 @@ class _Supervisor:
     # ------------------------------------------------------------------------------------ the loop
 
     def run(self) -> int:
-        with _Wakeup() as self.wakeup:  # to the end: an impatient third Ctrl-C must not cut the report short
+        with Wakeup() as self.wakeup:  # to the end: an impatient third Ctrl-C must not cut the report short
             try:
                 self.screen.open()
                 self.screen.say(f"{len(self.jobs)} stages on this machine, {self.capacity} cores")

@@ -7,6 +7,7 @@ end of an ssh tunnel. A server's key, if it has one, comes from VLLM_API_KEY.
 from __future__ import annotations
 
 import argparse
+import html
 import os
 import sys
 from collections.abc import Iterator
@@ -22,17 +23,25 @@ QUIET = {
     "GRADIO_SSR_MODE": "False", "GRADIO_NUM_PORTS": "1",
 }  # fmt: skip
 
+# whatever a text holds, the page asks no other machine for anything
+POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
+HEAD = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+
 
 def messages(history: list[dict[str, Any]], text: str) -> list[dict[str, str]]:
-    """OpenAI's messages of gradio's history, whose contents are texts or lists of parts, and a new question."""
+    """OpenAI's messages of gradio's history, whose contents are texts or lists of parts, and a new question.
+
+    Answers are escaped in that history.
+    """
 
     def plain(content: Any) -> str:
         if isinstance(content, str):
             return content
         return "".join(part.get("text", "") for part in content if isinstance(part, dict))
 
-    turns = [{"role": turn["role"], "content": plain(turn["content"])} for turn in history]
-    return [*turns, {"role": "user", "content": text}]
+    turns = [(turn["role"], plain(turn["content"])) for turn in history]
+    said = [{"role": role, "content": html.unescape(t) if role == "assistant" else t} for role, t in turns]
+    return [*said, {"role": "user", "content": text}]
 
 
 def answers(
@@ -61,18 +70,19 @@ def build(url: str, model: str, raw: bool) -> gradio.Blocks:
     def reply(text: str, history: list[dict[str, Any]], temperature: float, max_tokens: float) -> Iterator[str]:
         sampling = {"temperature": temperature, "max_tokens": int(max_tokens)}
         try:
-            yield from answers(client, model, raw, history, text, **sampling)
+            for said in answers(client, model, raw, history, text, **sampling):
+                yield html.escape(said, quote=False)  # gradio shows the tags that HTML knows, such as img
         except openai.OpenAIError as error:
             raise gradio.Error(f"{url}: {error}", print_exception=False) from error
 
     about = (
-        "A base model, without a chat template: it goes on with your text, and remembers nothing of the last one."
+        "A base model: it goes on with your text, knows no chat, and remembers nothing of the text before."
         if raw
         else "Answers come as the model makes them, its tags included. Temperature 0 takes the likeliest token."
     )
     return gradio.ChatInterface(
         reply,
-        # what a model says is shown as text: tags such as <think> are to be seen, and none of it is HTML
+        # what a model says is shown as text: its tags are to be seen
         chatbot=gradio.Chatbot(
             label=model, render_markdown=False, sanitize_html=True, scale=1, buttons=["copy"], layout="bubble"
         ),
@@ -126,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         page = build(args.url, args.model or first_model(args.url), args.raw)
         page.launch(
             server_name="127.0.0.1", server_port=args.port, share=False, inbrowser=False, ssr_mode=False, quiet=True,
-            prevent_thread_lock=True, footer_links=[], enable_monitoring=False, pwa=False,
+            prevent_thread_lock=True, footer_links=[], enable_monitoring=False, pwa=False, head=HEAD,
         )  # fmt: skip
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -41,6 +41,8 @@ from post_training.run.directory import RunDirectory, write_atomic
 if TYPE_CHECKING:
     import psutil
 
+    from launchers.local import Wakeup
+
 USAGE = """
 usage: python -m launchers.serve stage=<stage> [run_name=<pipeline>] [<key>=<value> ...] [--page] [--detach]
        python -m launchers.serve inputs.model=<folder or hub id> [<key>=<value> ...]
@@ -73,7 +75,7 @@ class Served:
     name: str  # of the model in requests: <run_name>/<stage>, or the hub id
     model: str  # absolute folder, or hub id
     local: bool  # a folder
-    chat: bool  # it has a chat template; else it goes on with texts
+    chat: bool  # it knows a chat template; else it goes on with texts, as a base stage's model does in any case
 
 
 def in_folder(folder: Path, name: str, key: str, value: str) -> Served:
@@ -92,7 +94,14 @@ def in_folder(folder: Path, name: str, key: str, value: str) -> Served:
     if not any("CausalLM" in a or "LMHeadModel" in a or "ConditionalGeneration" in a for a in architectures):
         shown = ", ".join(architectures) or "no architecture"
         raise ConfigError(key, value, f"{folder} holds a {shown}, which answers nothing", "a stage that makes a policy")
-    return Served(name, str(folder), local=True, chat=_has_template(folder))
+    return Served(name, str(folder), local=True, chat=_has_template(folder) and _technique(folder.parent) != "base")
+
+
+def _technique(root: Path) -> str | None:
+    """The stage of a run; None where there is no run."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return str(RunDirectory(root).read_config().get("stage"))
+    return None
 
 
 def _has_template(folder: Path) -> bool:
@@ -144,12 +153,9 @@ def of_stage(output_base: Path, run_name: str | None, stage: str) -> Served:
         problem = f"several pipelines in {output_base} have a stage {stage}: {', '.join(having)}"
         raise ConfigError("run_name", None, problem, f"run_name={having[-1]}")
     run = RunDirectory(pipelines[having[0]][stage])
-    try:
-        config = run.read_config()
-    except (OSError, ValueError):
+    if (technique := _technique(run.root)) is None:
         problem = f"{run.root} holds no run"
-        raise ConfigError("stage", stage, problem, f"python -m launchers.submit stage={stage} first") from None
-    technique = config.get("stage")
+        raise ConfigError("stage", stage, problem, f"python -m launchers.submit stage={stage} first")
     if technique == "rm" or (technique in UNTRAINED and technique != "merge"):
         policies = [name for name, path in pipelines[having[0]].items() if _answers(path)]
         what = "a reward model, which scores answers" if technique == "rm" else f"the output of {technique}, no model"
@@ -161,10 +167,7 @@ def of_stage(output_base: Path, run_name: str | None, stage: str) -> Served:
 
 
 def _answers(root: Path) -> bool:
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        technique = RunDirectory(root).read_config().get("stage")
-        return technique == "merge" or technique not in ("rm", *UNTRAINED)
-    return False
+    return (technique := _technique(root)) == "merge" or technique not in (None, "rm", *UNTRAINED)
 
 
 # ------------------------------------------------------------------------------------------ the command
@@ -369,7 +372,7 @@ def process_of(server: Server) -> psutil.Process | None:
 class State:
     """What a server is doing."""
 
-    word: str  # queued, loading, answers, ended or unknown
+    word: str  # queued, loading, answers, ending, ended or unknown
     text: str = ""  # the same for people
     job_id: str | None = None
 
@@ -386,7 +389,9 @@ def judge(server: Server, job: slurm.JobRecord | slurm.Unknown | None, runs: boo
         return State("unknown", f"SLURM does not answer: {job.why}", server.job_id)
     if job is None:
         return State("ended", "SLURM does not know its job", server.job_id)
-    if not job.live or job.state == "COMPLETING":
+    if job.state == "COMPLETING":
+        return State("ending", "its processes are being ended", job.job_id)
+    if not job.live:
         words = {"TIMEOUT": "its wall time is over", "CANCELLED": "cancelled", "PREEMPTED": "preempted",
                  "NODE_FAIL": "its node was lost", "FAILED": "it failed", "OUT_OF_MEMORY": "out of memory"}  # fmt: skip
         return State("ended", words.get(job.state, f"SLURM says {job.state}"), job.job_id)
@@ -564,7 +569,7 @@ def shown(server: Server, endpoint: Endpoint, here: bool, user: str, login: str,
         path, body = "chat/completions", body | {"messages": [{"role": "user", "content": "26+27=?"}]}
     else:
         path, body = "completions", body | {"prompt": "26+27=", "max_tokens": 64}
-        lines.append("  a base model, without a chat template: it goes on with texts (/v1/completions)")
+        lines.append("  it is a base model: it goes on with texts (/v1/completions) and knows no chat")
     key = (
         ' -H "Authorization: Bearer $VLLM_API_KEY"' if server.engine == "vllm" and "VLLM_API_KEY" in os.environ else ""
     )
@@ -606,39 +611,48 @@ def serve(order: Order, detach: bool) -> int:
         return 0
     if order.cfg.cluster.scheduler == "slurm":
         check_slurm(order)
-    from launchers.local import _Wakeup
+    from launchers.local import Wakeup
 
-    with _Wakeup() as wakeup:
+    with Wakeup() as wakeup:
         folder, server = start(order)
         gpus = f", {order.gpus} GPU{'s' if order.gpus > 1 else ''}" if order.gpus else ", on CPUs"
         print(f"{server.name}: {server.engine}{gpus}, {'job ' if server.job_id else ''}{server.job}", flush=True)
-        began, said, said_at, ready = time.monotonic(), "", 0.0, False
-        while True:
-            state = states({folder: server})[folder]
-            if wakeup.stops and (not ready or not detach):
-                problem = stop(folder, server, state)
-                if problem is not None:
-                    print(f"error: {server.name}: {problem}\n  fix: {_stop_command(order, server)}", file=sys.stderr)
-                    return 1
-                print(f"{server.name} is stopped", flush=True)
-                return 0 if ready else 130
-            if state.word == "ended":
-                if not folder.exists():
-                    print(f"{server.name} was stopped by another command", flush=True)
-                    return 0
-                _report_end(folder, server, state)
+        try:
+            return _attend(order, folder, server, wakeup, detach)
+        except BaseException:  # nobody reads the output any more (`| head`), or worse
+            stop(folder, server, states({folder: server})[folder])
+            raise
+
+
+def _attend(order: Order, folder: Path, server: Server, wakeup: Wakeup, detach: bool) -> int:
+    """Wait for a server's answer, then for its end or the order to stop it. The exit status."""
+    began, said, said_at, ready = time.monotonic(), "", 0.0, False
+    while True:
+        state = states({folder: server})[folder]
+        if wakeup.stops:
+            problem = stop(folder, server, state)
+            if problem is not None:
+                print(f"error: {server.name}: {problem}\n  fix: {_stop_command(order, server)}", file=sys.stderr)
                 return 1
-            endpoint = read_endpoint(folder)
-            if endpoint is not None and not ready:
-                ready = True
-                print(f"({time.monotonic() - began:.0f} s)")
-                _say_ready(order, folder, server, endpoint, detach)
-                if detach:
-                    return 0
-            elif not ready and (state.text != said or time.monotonic() - said_at > 30):
-                said, said_at = state.text, time.monotonic()
-                print(f"{said} ({said_at - began:.0f} s)", flush=True)
-            wakeup.wait((WATCH_S if ready else POLL_S)[server.scheduler])
+            print(f"{server.name} is stopped", flush=True)
+            return 0 if ready else 130
+        if state.word == "ended":
+            if not folder.exists():
+                print(f"{server.name} was stopped by another command", flush=True)
+                return 0
+            _report_end(folder, server, state)
+            return 1
+        endpoint = read_endpoint(folder)
+        if endpoint is not None and not ready:
+            ready = True
+            print(f"after {time.monotonic() - began:.0f} s:")
+            _say_ready(order, folder, server, endpoint, detach)
+            if detach:
+                return 0
+        elif not ready and (state.text != said or time.monotonic() - said_at > 30):
+            said, said_at = state.text, time.monotonic()
+            print(f"{said} ({said_at - began:.0f} s)", flush=True)
+        wakeup.wait((WATCH_S if ready else POLL_S)[server.scheduler])
 
 
 def _stop_command(order: Order, server: Server) -> str:

@@ -119,8 +119,7 @@ def make_run(root: Path, stage: str, architecture: str = "LlamaForCausalLM", who
     model.mkdir(parents=True)
     (root / "config.yaml").write_text(yaml.safe_dump({"stage": stage}))
     (model / "config.json").write_text(json.dumps({"architectures": [architecture]}))
-    if stage not in ("base",):
-        (model / "chat_template.jinja").write_text("...")
+    (model / "chat_template.jinja").write_text("...")
     if whole:
         manifest.write(model)
     return model
@@ -166,7 +165,10 @@ def test_a_stage_without_a_model_to_talk_to_is_refused(base: Path, run_name: str
 
 def test_models_from_outside(tmp_path: Path) -> None:
     model = make_run(tmp_path / "a pipe" / "sft", "sft")
-    assert serve.of_path(str(model)) == serve.of_path(str(model.parent))
+    assert serve.of_path(str(model)) == serve.of_path(str(model.parent)) and serve.of_path(str(model)).chat
+    assert not serve.of_path(str(make_run(tmp_path / "b" / "base", "base"))).chat  # whatever template it brings
+    (make_run(tmp_path / "b" / "sft", "sft", whole=False) / "chat_template.jinja").unlink()
+    assert not serve.of_path(str(tmp_path / "b" / "sft")).chat
     assert serve.of_path(str(model)).name == "a-pipe/sft"
     assert serve.of_path("Qwen/Qwen3-0.6B") == Served("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B", local=False, chat=True)
     with pytest.raises(ConfigError, match="no such folder"):
@@ -218,7 +220,7 @@ def job(state: str, reason: str = "None") -> slurm.JobRecord:
         (job("PENDING", "Resources"), False, "queued", "queued: "),
         (job("RUNNING"), False, "loading", "loading full/sft on node7"),
         (job("RUNNING"), True, "answers", ""),
-        (job("COMPLETING"), True, "ended", ""),
+        (job("COMPLETING"), True, "ending", ""),
         (job("TIMEOUT"), True, "ended", "its wall time is over"),
         (job("FAILED"), False, "ended", "it failed"),
         (None, True, "ended", "SLURM does not know its job"),
@@ -409,6 +411,16 @@ def test_a_stop_while_it_loads_and_a_server_that_does_not_listen_to_it(bench: Be
         wait_for("an answer", lambda: "p/sft answers" in bench.said())
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0, bench.said()
+    assert not left_over(bench.base) and not list(bench.base.glob(".serve/*"))
+
+
+def test_a_server_ends_with_who_reads_about_it(bench: Bench) -> None:
+    """`... | head -1`"""
+    argv = bench.argv("stage=sft", "cluster=local", bench.stub)
+    process = subprocess.Popen(argv, cwd=bench.folder, env=bench.env, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline().startswith("p/sft: transformers, on CPUs, process")
+    process.stdout.close()
+    assert process.wait(60) == 141
     assert not left_over(bench.base) and not list(bench.base.glob(".serve/*"))
 
 
