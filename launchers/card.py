@@ -100,8 +100,8 @@ class Cleaner:
             given |= {str(v) for k, v in env.items() if _SECRET_NAME.search(str(k)) or len(str(v)) >= 16}
         # a short one ("1", "true") is no secret, and is in every text
         self.secrets = sorted((v for v in given if len(v) >= 8 and not v.startswith("/")), key=len, reverse=True)
-        places = {str(Path.home()), str(Path.cwd()), *(_part(c, "paths").get("output_base", "") for c in configs)}
-        self.places = sorted((p for p in places if isinstance(p, str) and len(p) > 1), key=len, reverse=True)
+        places = {str(Path.home()), str(Path.cwd()), *(str(_part(c, "paths").get("output_base")) for c in configs)}
+        self.places = sorted((p for p in places if p.startswith("/") and len(p) > 1), key=len, reverse=True)
 
     def text(self, text: str) -> str:
         for secret in self.secrets:
