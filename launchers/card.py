@@ -292,8 +292,10 @@ def evaluations(members: list[Member]) -> tuple[dict[str, Evaluation], list[str]
         good, judges = [], {}
         for look in looks:
             judged = by_root.get(look.inputs().get("model", ""))
-            if look.config.get("stage") != "eval" or judged is None:
+            if look.config.get("stage") != "eval":
                 good.append(look)
+            elif judged is None:
+                continue  # of a stage that is no ancestor
             elif (problem := _problem_of(look, judged)) is not None:
                 left_out.append(f"{look.name}: {problem}")
             else:
