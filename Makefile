@@ -3,13 +3,13 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: quickstart test lint types slurm env clean lock
+.PHONY: quickstart test lint types packages env clean lock
 
 # The whole pipeline on this machine: base -> sft -> rm -> ppo -> grpo and sft -> dpo, each evaluated.
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m launchers.pipeline pipeline=quickstart cluster=local
 
-test: $(VENV)/.installed-dev $(VENV)/qlora $(VENV)/vllm slurm lint types
+test: $(VENV)/.installed-dev $(VENV)/qlora $(VENV)/vllm packages lint types
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 	PYTHONPATH=$(VENV)/qlora $(BIN)/python -m pytest -m qlora tests/test_sft.py
 	PYTHONPATH=$(VENV)/vllm $(BIN)/python -m pytest -m vllm tests/test_vllm.py
@@ -20,9 +20,9 @@ lint: $(VENV)/.installed-dev
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
-# A real SLURM for the tests, from Debian's packages, where this user may install them.
-slurm:
-	@.ci/install-slurm
+# A real SLURM and a real browser for the tests, from Debian's packages, where this user may install them.
+packages:
+	@.ci/install-packages
 
 env: $(VENV)/.installed-dev
 
@@ -49,7 +49,9 @@ $(VENV)/vllm: requirements-vllm.lock | $(VENV)/bin/python
 
 # wandb, an extra, and what it alone brings
 WANDB := wandb|cwevals|distro|sniffio|opentelemetry-.*|googleapis-common-protos|platformdirs|requests|urllib3|charset-normalizer
-DEV := ^(pytest|pytest-xdist|execnet|hypothesis|ruff|mypy|mypy_extensions|types-.*|pluggy|iniconfig|sortedcontainers|pathspec|librt|ast_serialize|$(WANDB))==
+# the extras serve and judge, and what they alone bring
+SERVE := gradio|gradio_client|hf-gradio|brotli|fastapi|starlette|uvicorn|openai|httpx2|httpcore2|jiter|truststore|orjson|pydub|python-multipart|pytz|safehttpx|groovy|semantic-version|tomlkit
+DEV := ^(playwright|greenlet|pyee|pytest|pytest-xdist|execnet|hypothesis|ruff|mypy|mypy_extensions|types-.*|pluggy|iniconfig|sortedcontainers|pathspec|librt|ast_serialize|$(WANDB)|$(SERVE))==
 
 # Write down the versions of this environment, after it was upgraded and tested.
 lock: $(VENV)/.installed-dev

@@ -6,6 +6,7 @@ import difflib
 import importlib.util
 import math
 import re
+import urllib.parse
 from collections.abc import Iterable
 
 from conf.datasets import KNOWN, STAGE_VIEWS, TRANSFORMS, VIEWS, having, views_of
@@ -77,6 +78,14 @@ AT_LEAST: dict[str, float] = {
     "eval.num_problems": 1,
     "eval.batch_size": 1,
     "eval.max_new_tokens": 1,
+    "eval.num_samples": 0,
+    "eval.num_instructions": 0,
+    "eval.num_fewshot": 0,
+    "eval.task_limit": 1,
+    "eval.judge.max_new_tokens": 1,
+    "eval.judge.concurrency": 1,
+    "eval.judge.timeout_seconds": 1,
+    "eval.judge.max_retries": 0,
     "parallel.timeout_minutes": 1,
     "lora.r": 1,
     "lora.alpha": 1,
@@ -170,9 +179,14 @@ def server_gpus(cfg: Config) -> int:
     return how.server_gpus if how is not None and how.backend == "vllm_server" and cfg.slurm.gpus_per_node else 0
 
 
+def gpus_per_node(cfg: Config) -> int:
+    """GPUs that a job asks for on each of its nodes: an evaluation is one process, and gets one at most."""
+    return min(1, cfg.slurm.gpus_per_node) if cfg.stage == "eval" else cfg.slurm.gpus_per_node
+
+
 def tasks_per_node(cfg: Config) -> int:
     """One task a GPU that trains; one CPU task where a node has none."""
-    return max(1, cfg.slurm.gpus_per_node - server_gpus(cfg))
+    return max(1, gpus_per_node(cfg) - server_gpus(cfg))
 
 
 def world_size(cfg: Config) -> int:
@@ -227,6 +241,8 @@ def check_run(cfg: Config) -> None:
         raise ConfigError("merge.adapter", None, "there is nothing to merge", "merge.adapter=<folder of an adapter>")
     if cfg.stage == "sample":
         _check_sample(cfg)
+    if cfg.stage == "eval":
+        _check_eval(cfg)
     if cfg.stage in ("sft", "distill"):
         for name in getattr(cfg, cfg.stage).random_templates:
             if name not in TEMPLATES:
@@ -236,7 +252,32 @@ def check_run(cfg: Config) -> None:
         _check_reward(cfg)
     if cfg.stage == "dpo":
         _check_dpo(cfg)
+    if cfg.stage == "eval":
+        _check_benchmarks(cfg)
+        _check_judge(cfg)
     _check_vllm(cfg)
+
+
+def _check_eval(cfg: Config) -> None:
+    how = cfg.eval
+    if not 0 < how.temperature < math.inf:
+        fix = "eval.temperature=1, or eval.num_samples=0 for greedy answers alone"
+        raise ConfigError("eval.temperature", how.temperature, "must be above 0", fix)
+    if how.num_samples > how.batch_size:
+        problem = f"is more than eval.batch_size={how.batch_size}, the answers that are generated together"
+        raise ConfigError("eval.num_samples", how.num_samples, problem, f"eval.batch_size={how.num_samples}")
+    if how.text.name is None:
+        for name in ("path", "subset", "split", "transform", "held_out"):
+            if (value := getattr(how.text, name)) is not None:
+                raise ConfigError(f"eval.text.{name}", value, "says not what it is", "eval.text.name=text")
+    else:
+        if how.text.name not in KNOWN:
+            raise ConfigError("eval.text.name", how.text.name, "no such data set", nearest(how.text.name, KNOWN))
+        _check_records(cfg, "eval.text", how.text.name, how.text.path, how.text.transform)
+        views = views_of(how.text.name, how.text.transform)
+        if views is not None and "documents" not in views:
+            fix = f"one that has: {', '.join(having('documents'))}"
+            raise ConfigError("eval.text.name", how.text.name, f"has no {VIEWS['documents']}", fix)
 
 
 DPO_LOSSES = (
@@ -609,6 +650,95 @@ def _check_vllm(cfg: Config) -> None:
             problem = f"none of slurm.gpus_per_node={gpus} would be left to train"
             fix = f"{where}.server_gpus={gpus - 1}" if gpus > 1 else f"{where}.backend=vllm"
             raise ConfigError(f"{where}.server_gpus", how.server_gpus, problem, fix)
+
+
+def _check_benchmarks(cfg: Config) -> None:
+    """Refuse benchmarks where lm-eval is not installed. Which there are is known in the job, and to preflight."""
+    how = cfg.eval
+    if not how.tasks:
+        for name in ("tasks_path", "num_fewshot", "task_limit"):
+            if getattr(how, name) is not None:
+                fix = f"eval.tasks=[<a benchmark>], or eval.{name}=null"
+                raise ConfigError(f"eval.{name}", getattr(how, name), "no benchmark is asked for", fix)
+        return
+    for name in how.tasks:
+        if how.tasks.count(name) > 1:
+            raise ConfigError("eval.tasks", name, "is there twice", "name it once")
+    # the Python that submits runs the jobs too, unless cluster.python says otherwise
+    if cfg.cluster.python is None and importlib.util.find_spec("lm_eval") is None:
+        fix = "pip install 'post-training[lm-eval]', or eval.tasks=[]"
+        raise ConfigError("eval.tasks", ",".join(how.tasks), "the package lm-eval is not installed", fix)
+
+
+def _check_judge(cfg: Config) -> None:
+    """Refuse a judge that cannot be asked. Whether it answers is known in the job."""
+    judge, key = cfg.eval.judge, "OPENAI_API_KEY"
+    if judge.base_url is None:
+        for name in ("model", "questions", "reference"):
+            if getattr(judge, name) is not None:
+                fix = f"eval.judge.base_url=<the judge's server>, or eval.judge.{name}=null"
+                raise ConfigError(f"eval.judge.{name}", getattr(judge, name), "there is no judge", fix)
+        return
+    try:
+        parts = urllib.parse.urlsplit(judge.base_url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        parts, host = urllib.parse.urlsplit(""), None
+    if "@" in parts.netloc or parts.query:
+        fix = f"leave it out, and export {key} in the shell that submits"
+        raise ConfigError("eval.judge.base_url", "...", "a secret must not be in a frozen config", fix)
+    if parts.scheme not in ("http", "https") or not host:
+        fix = "write it as in http://node7:8000/v1"
+        raise ConfigError("eval.judge.base_url", judge.base_url, "is no URL of a server", fix)
+    if judge.model is None:
+        fix = "eval.judge.model=<the judge's name at that server>"
+        raise ConfigError("eval.judge.model", None, "the server has to be told which model judges", fix)
+    if key in cfg.slurm.env:
+        fix = f"leave it out, and export {key} in the shell that submits"
+        raise ConfigError(f"slurm.env.{key}", "...", "a secret must not be in a frozen config", fix)
+    if cfg.cluster.python is None and importlib.util.find_spec("openai") is None:
+        fix = "pip install 'post-training[judge]', or eval.judge.base_url=null"
+        raise ConfigError("eval.judge.base_url", judge.base_url, "the package openai is not installed", fix)
+
+
+def check_serve(cfg: Config) -> None:
+    """Refuse a server that cannot be started as asked. Raises ConfigError."""
+    serve = cfg.serve
+    for name, options in {
+        "serve.engine": ("auto", "vllm", "transformers"),
+        "serve.dtype": ("auto", "float32", "bfloat16", "float16"),
+    }.items():
+        value = lookup(cfg, name)
+        if value not in options:
+            raise ConfigError(name, value, f"must be one of {', '.join(options)}", nearest(str(value), options))
+    if serve.gpus < 1:
+        raise ConfigError("serve.gpus", serve.gpus, "must be at least 1", "slurm.gpus_per_node=0 for a server on CPUs")
+    for name in ("serve.port", "serve.page_port"):
+        port = lookup(cfg, name)
+        if isinstance(port, int) and not 1024 <= port <= 65535:
+            raise ConfigError(name, port, "is no port that a user may take: 1024 to 65535", f"{name}=8000")
+    try:
+        parse_wall_time(serve.wall_time)
+    except ConfigError as error:
+        raise ConfigError("serve.wall_time", serve.wall_time, error.problem, error.fix) from None
+    own = {
+        "--host": "it answers on 127.0.0.1 alone", "--port": "serve.port says it", "--dtype": "serve.dtype says it",
+        "--served-model-name": "it has the stage's name", "--tensor-parallel-size": "serve.gpus says it",
+    }  # fmt: skip
+    for argument in serve.arguments:
+        flag = argument.partition("=")[0]
+        if "key" in flag or "token" in flag:
+            problem = "a secret must not be in a job script, nor among the processes that others see"
+            raise ConfigError("serve.arguments", flag, problem, "export VLLM_API_KEY in the shell that submits")
+        if flag in own:
+            raise ConfigError("serve.arguments", argument, own[flag], "leave it out")
+    for name in cfg.slurm.env:
+        if name.endswith(("_API_KEY", "_TOKEN")):
+            fix = f"leave it out, and export {name} in the shell that submits"
+            raise ConfigError(f"slurm.env.{name}", "...", "a secret must not be in a job script", fix)
+    if serve.engine == "vllm" and cfg.cluster.python is None and importlib.util.find_spec("vllm") is None:
+        fix = "pip install vllm (the extra [vllm]), or serve.engine=transformers"
+        raise ConfigError("serve.engine", "vllm", "the package vllm is not installed", fix)
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

@@ -393,12 +393,59 @@ class Sample:
 
 
 @dataclass
+class EvalText:
+    name: str | None = key(None, "what it is, as in data.name; null: the line's base stage's, or the data's own")
+    path: str | None = key(None, "records, as in data.path; null: the data set's own hub id")
+    subset: str | None = key(None, "configuration on the hub; null: the data set's own")
+    split: str | None = key(None, "split, as in data.split")
+    transform: str | None = key(None, "transform of the records, as in data.transform")
+    held_out: int | None = key(None, "documents that are held out; null: data.held_out")
+
+
+@dataclass
+class Judge:
+    """A language model behind an OpenAI-compatible server. A key that it wants is in the job's OPENAI_API_KEY."""
+
+    base_url: str | None = key(None, "the server, as in http://node7:8000/v1 or https://api.openai.com/v1; null: none")
+    model: str | None = key(None, "the judge's name at that server")
+    questions: str | None = key(None, "JSONL of {prompt[, reference_answer]}; null: ten built-in questions")
+    reference: str | None = key(None, "JSONL of {prompt, completion} to compare with, or an eval's folder; null: none")
+    max_new_tokens: int = key(1024, "longest answer to a question, tokens")
+    concurrency: int = key(8, "judgements asked for at once")
+    timeout_seconds: float = key(120.0, "seconds until a judgement that does not come is asked for again")
+    max_retries: int = key(5, "times a judgement is asked for again when the server refuses or fails")
+
+
+@dataclass
 class Eval:
     max_new_tokens: int = key(256, "longest answer, tokens")
     batch_size: int = key(256, "prompts per generation batch")
     num_problems: int = key(512, "held-out problems or records scored")
+    num_samples: int = key(0, "answers sampled for each problem: pass@k and majority; 0: greedy answers alone")
+    temperature: float = key(1.0, "sampling temperature of num_samples, above 0")
+    num_instructions: int = key(0, "prompts with rules that a program checks; 0: none")
+    text: EvalText = key(EvalText(), "text on which forgetting is measured, as in {name: text, path: ...}")
+    base_text: dict[str, Any] = key({}, "that base stage's data, where it is not this one's; filled in at submission")
     backend: str = key("transformers", "who generates the answers: transformers or vllm")
     gpu_memory_utilization: float = key(0.5, "vllm: share of the GPU's memory that it takes, above 0 to 1")
+    tasks: list[str] = key([], "benchmarks of lm-eval, as in [gsm8k,ifeval,mmlu]; needs the extra [lm-eval]")
+    tasks_path: str | None = key(None, "folder with YAML files of your own lm-eval tasks; null: lm-eval's alone")
+    num_fewshot: int | None = key(None, "worked examples in a benchmark's prompts; null: as each task has it")
+    task_limit: int | None = key(None, "documents of each benchmark that are asked, the first ones; null: all")
+    judge: Judge = key(Judge(), "a language model that grades the answers; off without base_url")
+
+
+@dataclass
+class Serve:
+    """What `launchers.serve` starts; says nothing about any run."""
+
+    engine: str = key("auto", "vllm, transformers, or auto: vllm where the server has GPUs and vLLM is installed")
+    gpus: int = key(1, "GPUs of the server, over which the model is shared; none where slurm.gpus_per_node=0")
+    port: int | None = key(None, "port on the server's node, 1024 to 65535; null: a free one")
+    page_port: int = key(7860, "--page: the first free port from this one on")
+    dtype: str = key("auto", "dtype of the weights: float32, bfloat16, float16, or auto: what the engine takes")
+    wall_time: str = key("04:00:00", "time limit of the server's job: minutes, HH:MM:SS or D-HH:MM:SS")
+    arguments: list[str] = key([], "further arguments of the engine's own command, as in ['--max-model-len=8192']")
 
 
 @dataclass
@@ -412,6 +459,23 @@ class Prepare:
 
 
 @dataclass
+class Gate:
+    """What an eval stage must find before the stages that take the judged model start. At most one of the bounds.
+
+    The figure's value is compared, not its interval. The evaluation is done whatever the gate says; where it does not
+    hold, its job ends with an error, and the stages behind it do not start.
+    """
+
+    metric: str | None = key(None, "the figure: accuracy, pass@8, perplexity_text, <task>/<metric>; null: the headline")
+    at_least: float | None = key(None, "it must be at least this, in its own unit: accuracy is a share, 0 to 1")
+    at_most: float | None = key(None, "it must be at most this, in its own unit")
+    max_drop: float | None = key(None, "it may be worse than the parent's by at most this, in its own unit")
+    parent: str | None = key(
+        None, "max_drop: the eval stage compared with; null: that of the model which the judged stage started from"
+    )
+
+
+@dataclass
 class Node:
     """One stage in a pipeline's graph."""
 
@@ -422,6 +486,7 @@ class Node:
     data: str | None = key(None, "the sample stage whose records it trains on: sft and distill; null: data.*")
     after: list[str] = key([], "further stages that must be done first")
     overrides: list[str] = key([], "Hydra overrides for this stage alone")
+    gate: Gate | None = key(Gate(), "eval: what it must find before the stages that take the judged model start")
 
 
 @dataclass
@@ -465,6 +530,7 @@ class Config:
     guardrails: Guardrails = key(Guardrails(), "what is done when training goes wrong")
     sample: Sample = key(Sample(), "sample stage: rejection sampling, records for sft from a model's best answers")
     eval: Eval = key(Eval(), "eval stage: held-out judgement of one model")
+    serve: Serve = key(Serve(), "launchers.serve: an OpenAI-compatible server for a stage's model")
     prepare: Prepare = key(Prepare(), "prepare stage: data tokenised and packed before its stages start, on CPUs")
     pipeline: Pipeline = key(Pipeline(), "the graph of stages")
     stages: dict[str, Any] = key({}, "what `<stage>.<key>=...` on the command line sets for one stage alone")

@@ -36,7 +36,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.check import ConfigError, nearest
-from conf.schema import LENGTHS, TECHNIQUES, Config, Node
+from conf.schema import LENGTHS, TECHNIQUES, Config, Gate, Node
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 ONE_FOR_ALL = ("stage", "pipeline", "cluster", "run_name", "dry_run", "stages", "paths")
@@ -122,7 +122,8 @@ def rewrite(token: str) -> str:
 
     `sft.training.max_steps=3` becomes `++stages.sft.training.max_steps=3`, so that sweeps over it work as over
     any other key. Keys of a technique's own section (`sft.lr`, `ppo.reward.correct`) are for every stage and
-    stay what they are. A group's choice, as in `sft.data=gsm8k`, goes to `stages.<stage>.choices`.
+    stay what they are. A group's choice, as in `sft.data=gsm8k`, goes to `stages.<stage>.choices`, and an eval
+    stage's gate, as in `eval_sft.gate.at_least=0.3`, to the graph.
     """
     prefix, key, value = split(token)
     if prefix == "~" or value is None:
@@ -134,6 +135,8 @@ def rewrite(token: str) -> str:
     known = keys()
     if first in ("stages", "hydra") or (first in known and first not in TECHNIQUES):
         return token
+    if section == "gate":  # of the graph, not of the stage's config
+        return f"{prefix}pipeline.stages.{first}.{rest}={value}"
     if (section not in known and rest not in groups()) or f"{first}.{section}" in known:
         return token
     if section in ONE_FOR_ALL:
@@ -349,6 +352,7 @@ def unknown_key(key: str, value: object) -> ConfigError:
     parts = key.split(".")
     if key.startswith("pipeline.stages.") and len(parts) > 3:
         known = [f"{'.'.join(parts[:3])}.{f.name}" for f in dataclasses.fields(Node)]
+        known += [f"{'.'.join(parts[:3])}.gate.{f.name}" for f in dataclasses.fields(Gate)]
     same = [k for k in known if k.rpartition(".")[2] == parts[-1]]
     depth = next((i for i in range(len(parts)) if ".".join(parts[: i + 1]) not in known), 0)
     parent = ".".join(parts[:depth])

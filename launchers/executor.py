@@ -153,6 +153,31 @@ def _tail(path: Path, lines: int = 20) -> str:
         return "(no error stream)"
 
 
+def take(script: Path, folder: Path, name: str, conf: str | None) -> str:
+    """Have SLURM take a job script, once. Returns the job's id.
+
+    The job's comment says its folder, and a token of this one submission: where the answer is lost, that tells its job
+    from an earlier one of the same folder. Raises LaunchError with SLURM's words where it is refused, Unanswered where
+    the job may be in the queue.
+    """
+    comment = f"{os.path.realpath(folder)}{slurm.TOKEN}{secrets.token_hex(4)}"
+    answer = slurm.sbatch(str(script), comment, conf=conf)
+    if isinstance(answer, slurm.Refused):
+        raise LaunchError(f"{name}: SLURM refused the job: {answer.why}")
+    if isinstance(answer, str):
+        try:
+            return str(submitit.SlurmExecutor._get_job_id_from_submission_command(answer))
+        except FailedSubmissionError:  # a wrapper that says nothing of the job
+            answer = slurm.Unknown(f"sbatch printed no job id: {answer.strip()!r}")
+    found = slurm.find_submitted(comment, conf=conf)
+    if isinstance(found, slurm.JobRecord):
+        return found.job_id
+    shows = f"and squeue does not answer: {found.why}" if found else "and squeue does not show it"
+    raise Unanswered(
+        f"{name}: SLURM did not say whether it took the job ({answer.why}), {shows}", "the same command again"
+    )
+
+
 class RunExecutor(submitit.SlurmExecutor):  # type: ignore[misc]
     """Submits one run's slurm/job.sh."""
 
@@ -171,27 +196,10 @@ class RunExecutor(submitit.SlurmExecutor):  # type: ignore[misc]
     def _submit_command(self, command: str) -> RunJob:
         """submitit's, but the script is slurm/job.sh: its own copy would go above a folder with a % in its name.
 
-        The job's comment says its run directory, by which the job is found whoever submitted it, and a token of this
-        one submission: where the answer is lost, that tells its job from an earlier one of the same run.
+        The job's comment says its run directory, by which the job is found whoever submitted it.
         """
         write_atomic(self.run.script, self._make_submission_file_text(command, ""))
-        comment = f"{os.path.realpath(self.run.root)}{slurm.TOKEN}{secrets.token_hex(4)}"
-        answer = slurm.sbatch(str(self.run.script), comment, conf=self.slurm_conf)
-        if isinstance(answer, slurm.Refused):
-            raise LaunchError(f"{self.run.name}: SLURM refused the job: {answer.why}")
-        if isinstance(answer, str):
-            try:
-                return RunJob(self.run.slurm, self._get_job_id_from_submission_command(answer))
-            except FailedSubmissionError:  # a wrapper that says nothing of the job
-                answer = slurm.Unknown(f"sbatch printed no job id: {answer.strip()!r}")
-        found = slurm.find_submitted(comment, conf=self.slurm_conf)
-        if isinstance(found, slurm.JobRecord):
-            return RunJob(self.run.slurm, found.job_id)
-        shows = f"and squeue does not answer: {found.why}" if found else "and squeue does not show it"
-        raise Unanswered(
-            f"{self.run.name}: SLURM did not say whether it took the job ({answer.why}), {shows}",
-            "the same command again",
-        )
+        return RunJob(self.run.slurm, take(self.run.script, self.run.root, self.run.name, self.slurm_conf))
 
     def submit_run(self) -> RunJob:
         """Write slurm/job.sh, submit it, record the job.

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launchers.errors import gate_fix
 from launchers.table import read_history
 from post_training.run import ledger, life, manifest
 from post_training.run.directory import RunDirectory
@@ -87,7 +88,7 @@ class _Job:
     chain: int  # runs that wait for it, one after the other: the longest chain starts first
     cpus: int
     job_id: str = ""
-    state: str = "new"  # new, elsewhere, queued, running, then done, failed, cancelled or stopped
+    state: str = "new"  # new, elsewhere, queued, running, then done, gated, failed, cancelled or stopped
     reason: str = ""
     root_cause: str = ""  # the failed run that took this one with it, and why
     lock: int | None = None
@@ -108,7 +109,7 @@ class _Job:
 
     @property
     def ended(self) -> bool:
-        return self.state in ("done", "failed", "cancelled", "stopped")
+        return self.state in ("done", "gated", "failed", "cancelled", "stopped")
 
     @property
     def busy(self) -> bool:
@@ -409,11 +410,14 @@ class _Supervisor:
         history = job.history()
         job.job_id = history.job_id or ""
         if manifest.problem(run.model) is None:
-            if came_from == "elsewhere":
+            if (why := life.held_back(run)) is not None:
+                self.gated(job, f"gate: {why}")
+            elif came_from == "elsewhere":
                 self.screen.say(f"{job.name}: done")
             else:
                 self.screen.say(f"{job.name}: already done")
-            self.settle(job, "done")
+            if not job.ended:
+                self.settle(job, "done")
             return
         if history.running:
             # neither finished nor crashed by itself, as far as anyone can tell: not counted as a failure
@@ -526,6 +530,8 @@ class _Supervisor:
         if code == 0:
             self.screen.say(f"{job.name}: done in {job.seconds:.0f} s")
             self.settle(job, "done")
+        elif code == life.GATED and manifest.problem(run.model) is None:
+            self.gated(job, f"gate: {life.held_back(run)}")
         elif self.stopping_since is not None and not gave_up:
             if history.running:
                 self.close(history, run, code, life.Ending("stopped", "exit", reason=STOPPED_BY_USER))
@@ -560,6 +566,12 @@ class _Supervisor:
         self.screen.say(f"{job.name}: failed: {why}")
         job.root_cause = f"upstream {job.name} failed: {why}"
         self.settle(job, "failed", why)
+
+    def gated(self, job: _Job, why: str) -> None:
+        """An evaluation is done, and its gate holds back the runs that come after it."""
+        self.screen.say(f"{job.name}: done; {why}")
+        job.root_cause = f"gate of {job.name}: {why.removeprefix('gate: ')}"
+        self.settle(job, "gated", why)
 
     def settle(self, job: _Job, state: str, reason: str = "") -> None:
         job.state, job.reason = state, reason
@@ -655,6 +667,9 @@ class _Supervisor:
             if lines:
                 print(f"  the end of {err}:", file=sys.stderr)
                 print("\n".join(f"    {line}" for line in lines), file=sys.stderr)
+        for job in self.jobs:
+            if job.state == "gated":
+                print(f"\n{job.name}: {job.reason}\n  fix: {gate_fix(job.name)}", file=sys.stderr)
         if failed or self.stopping_since is not None:
             print(
                 f"\nTo go on from here, give the same command again:\n  {_same_command()}", file=sys.stderr, flush=True

@@ -11,6 +11,10 @@ usage: python -m launchers.pipeline [pipeline=<pipeline>] [<key>=<value> ...] [d
 
 Submits every stage of a pipeline, chained by its graph: on SLURM as jobs with dependencies, else on this
 machine, in the foreground. What is done, queued or running already is left as it is: the same command goes on.
+
+A gate on an eval stage, as in eval_sft.gate.metric=accuracy eval_sft.gate.at_least=0.3, is a bound (at_least, at_most,
+or max_drop: not worse than its parent's evaluation by more) on a figure's value, whatever its interval. The stages that
+take the judged model wait for the evaluation, and do not start where the bound does not hold.
 """
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import pwd
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -22,10 +22,10 @@ from conf.chat import is_text
 from conf.check import ConfigError, nearest, split_function
 from conf.schema import CONFIG_VERSION, PREPARABLE, TEMPLATES, Cluster, Config, Node
 from launchers import graph, slurm
-from launchers.errors import LaunchError
+from launchers.errors import LaunchError, gate_fix
 from launchers.preflight import read_own
 from launchers.selection import Selection, sources
-from post_training.run import ledger, manifest
+from post_training.run import gate, ledger, manifest
 from post_training.run.directory import RunDirectory
 from post_training.run.history import History, summarise
 
@@ -78,13 +78,17 @@ def freeze(cfg: Config, name: str, run_name: str, inputs: Mapping[str, Any]) -> 
         "model": ("name_or_path", "tokenizer"),
         "data": ("path", "eval_path"),
         "merge": ("adapter",),
+        "eval": ("tasks_path",),
     }.items():
         for key in keys:
             if plain[section][key] not in ("bytes", "train"):  # tokenizers, though files may be called so
                 plain[section][key] = absolute(plain[section][key])
+    for key in ("questions", "reference"):
+        plain["eval"]["judge"][key] = absolute(plain["eval"]["judge"][key])
     plain["model"]["chat_template"] = _frozen_template(cfg.model.chat_template)
     for part in plain["data"]["datasets"]:
         part["path"] = absolute(part["path"])
+    plain["eval"]["text"]["path"] = absolute(plain["eval"]["text"]["path"])
     own = own_files(cfg)
     if cfg.data.transform_file is not None:
         plain["data"]["transform_file"] = own[cfg.data.transform_file][0]
@@ -108,6 +112,8 @@ def determining(frozen: Frozen) -> dict[str, Any]:
     """The part of a frozen config that determines the output: where and how fast it runs is not in it."""
     stage = frozen["stage"]
     inputs = {role: source and (source["identity"] or source["path"]) for role, source in frozen["inputs"].items()}
+    if stage == "eval" and (frozen["inputs"].get("reference") or {}).get("derived"):
+        inputs["reference"] = None  # it follows from the model
     if inputs.get("data") is None:  # as above
         inputs.pop("data", None)
     parts = {section: frozen[section] for section in ("stage", "seed", "model", "data", "training", stage)}
@@ -126,11 +132,26 @@ def determining(frozen: Frozen) -> dict[str, Any]:
 def _without_engine(stage: str, section: dict[str, Any]) -> dict[str, Any]:
     """A stage's section with nothing on vLLM but that it generates, where it does: how it is run changes no output."""
     if stage == "eval":
-        dropped = {"gpu_memory_utilization"} | ({"backend"} if section.get("backend") == "transformers" else set())
-        return {k: v for k, v in section.items() if k not in dropped}
+        dropped = {"gpu_memory_utilization", "base_text"}  # the model's identity says on which base it stands
+        dropped |= {"backend"} if section.get("backend") == "transformers" else set()
+        dropped |= {key for key in ("num_samples", "num_instructions") if not section.get(key)}
+        dropped |= {"text"} if (section.get("text") or {}).get("name") is None else set()
+        dropped |= {"temperature"} if "num_samples" in dropped else set()
+        return _without_outside({k: v for k, v in section.items() if k not in dropped})
     how = section.get("generation", {}).get("backend", "transformers")
     rest = {k: v for k, v in section.items() if k != "generation"}
     return rest if how == "transformers" else rest | {"generation": {"backend": how}}
+
+
+def _without_outside(section: dict[str, Any]) -> dict[str, Any]:
+    """An eval's section with nothing on benchmarks and the judge but what is asked of them, where they are asked."""
+    rest = {k: v for k, v in section.items() if k not in ("tasks", "tasks_path", "num_fewshot", "task_limit", "judge")}
+    if section.get("tasks"):
+        rest |= {k: section.get(k) for k in ("tasks", "tasks_path", "num_fewshot", "task_limit")}
+    judge = section.get("judge") or {}
+    if judge.get("base_url") is not None:  # where the judge listens, and how patiently it is asked, changes no verdict
+        rest["judge"] = {k: judge.get(k) for k in ("model", "questions", "reference", "max_new_tokens")}
+    return rest
 
 
 def identity(frozen: Frozen) -> str:
@@ -329,12 +350,14 @@ class Planned:
     cfg: Config
     frozen: Frozen
     run: RunDirectory
-    decision: str  # new, again, live, done
+    decision: str  # new, again, live, done, or held (it would be submitted, if a gate upstream held)
     after: list[str]  # upstream stages whose outputs it needs or that it comes after
     job_id: str | None = None  # of its job, where it is live
     replaces: str | None = None  # job to be cancelled: it waits for an upstream job that can no longer end well
     waits_for: list[str] = field(default_factory=list)  # job ids from outside this plan
     history: History = field(default_factory=History)  # of what is there
+    gate_problem: str | None = None  # it is an evaluation that is done, and why its gate does not hold
+    held_by: str | None = None  # the eval stage whose gate holds it back
 
     @property
     def started(self) -> bool:
@@ -384,7 +407,9 @@ class Plan:
     def description(self) -> dict[str, Any]:
         """What pipeline.json says: the graph, for whoever looks later."""
         stages = {
-            p.name: {"run_dir": str(p.run.root), "stage": p.cfg.stage, "after": p.after} for p in self.stages.values()
+            p.name: {"run_dir": str(p.run.root), "stage": p.cfg.stage, "after": p.after}
+            | ({"gate": p.frozen["gate"]} if "gate" in p.frozen else {})
+            for p in self.stages.values()
         }
         return {"version": 1, "name": self.name, "cluster": self.cluster, "stages": {**self.keep, **stages}}
 
@@ -462,12 +487,60 @@ def _trains_tokenizer(selection: Selection, name: str) -> bool:
     return path is None and [*(m["tokenizer"] for m in before), selection.config(name).model.tokenizer][0] == "train"
 
 
+def base_text(selection: Selection, name: str) -> dict[str, Any]:
+    """The data, frozen, of the base stage that an eval's line begins with: all models of the line are measured on its
+    text. {}: there is none, or it is the eval's own data, or takes transforms of the user's that the eval lacks."""
+    first, mine = name, selection.config(name)
+    while (source := sources(selection, first)["model"] or "").startswith("stage:"):
+        first = source.removeprefix("stage:")
+    base = selection.config(first)
+    if base.stage != "base" or base.data.transform_file not in (None, mine.data.transform_file):
+        return {}
+    theirs, ours = (freeze(cfg, name, selection.run_name, {})["data"] for cfg in (base, mine))
+    return theirs if theirs != ours else {}
+
+
+def _start_model(judged: Frozen | None) -> dict[str, Any] | None:
+    """The model that a judged policy's stage started from, as an eval's reference; None where there is none."""
+    start = ((judged or {}).get("inputs") or {}).get("model")
+    return {**start, "derived": True} if start and (judged or {}).get("stage") not in ("rm", "sample") else None
+
+
 def _completed(selection: Selection, name: str) -> Config:
-    """A stage's config; of a prepare stage, with its targets."""
+    """A stage's config; of a prepare stage with its targets, of an eval with the base stage's text."""
     cfg = selection.config(name)
+    if cfg.stage == "eval" and cfg.eval.text.name is None:
+        return replace(cfg, eval=replace(cfg.eval, base_text=base_text(selection, name)))
     if cfg.stage != "prepare":
         return cfg
     return replace(cfg, prepare=replace(cfg.prepare, targets=prepare_targets(selection, name)))
+
+
+def frozen_gate(node: Node, run_dir: Callable[[str], Path]) -> dict[str, Any] | None:
+    """A stage's gate as plain data; None where it has none. run_dir: of the eval stage that it compares with."""
+    given = graph.gate_of(node)
+    if given is None:
+        return None
+    parent = {"name": given.parent, "run_dir": str(run_dir(given.parent))} if given.parent is not None else None
+    return {**asdict(given), "parent": parent}
+
+
+def _check_same_gate(name: str, here: Found, now: Mapping[str, Any] | None) -> None:
+    """A job in the queue has the gate that it was submitted with."""
+    was = (here.config or {}).get("gate")
+    if was == now or here.whole:
+        return
+    shown = [gate.describe(one) if one else "none" for one in (was, now)]
+    job = f"scancel {here.job.job_id} first" if here.job is not None else "stop it first"
+    raise LaunchError(f"{name}: its gate would change ({shown[0]} -> {shown[1]}), and it is queued or running",
+                      f"{job}, or give the same command again when it is done")  # fmt: skip
+
+
+def _check_gate_outside(name: str, upstream: str, found: Found, root: Path, held: Mapping[str, Any] | None) -> None:
+    """Refuse a stage that comes after an evaluation outside the plan whose gate does not hold."""
+    if found.whole and (why := gate.failure(RunDirectory(root), held)) is not None:
+        problem = f"comes after {upstream}, whose gate does not hold: {why}"
+        raise ConfigError("stage", name, problem, gate_fix(upstream))
 
 
 def make_plan(selection: Selection, ask: bool = True) -> Plan:
@@ -485,25 +558,41 @@ def make_plan(selection: Selection, ask: bool = True) -> Plan:
     finished = cache(lambda: finished_runs(selection.output_base))  # looked for once, if at all
 
     upstream: dict[str, tuple[Path, str | None, list[str]]] = {}  # run directory, identity, jobs to wait for
+    configs: dict[str, Frozen | None] = {}
+    gates_outside: dict[str, dict[str, Any] | None] = {}
     for up in outside:
         there = found.get(roots[up], Found())
         if there.config is None and (same := finished().get(expected_identity(selection, up))) is not None:
             roots[up], there = same, Found(RunDirectory(same).read_config(), whole=True)
         user = next(name for name in selection.wanted if up in needed[name])
         jobs = _wait_for(user, up, there, roots[up], selection.config(user))
-        upstream[up] = (roots[up], (there.config or {}).get("identity"), jobs)
+        upstream[up], configs[up] = (roots[up], (there.config or {}).get("identity"), jobs), there.config
+        gates_outside[up] = frozen_gate(
+            selection.stages[up],
+            lambda parent: Path(described[parent]["run_dir"]) if parent in described else folder / parent,
+        )
+        if there.live is True or there.supervised:
+            _check_same_gate(up, there, gates_outside[up])
+        _check_gate_outside(user, up, there, roots[up], gates_outside[up])
 
     planned: dict[str, Planned] = {}
     for name in selection.wanted:
         cfg = _completed(selection, name)
         inputs: dict[str, Any] = {}
+        judged: Frozen | None = None
         for role, source in origins[name].items():
             kind, _, value = (source or "").partition(":")
             if kind == "path":
                 inputs[role] = _path_input(value)
             elif kind == "stage":
                 inputs[role] = _run_input(*upstream[value][:2])
+                if cfg.stage == "eval" and role == "model":
+                    judged = configs[value]
+        if cfg.stage == "eval" and inputs.get("reference") is None:
+            inputs["reference"] = _start_model(judged)
         frozen = freeze(cfg, name, selection.run_name, inputs)
+        if (own_gate := frozen_gate(selection.stages[name], lambda parent: upstream[parent][0])) is not None:
+            frozen["gate"] = own_gate
         root = roots[name]
         decision = decide(name, frozen, found.get(root, Found()), root)
         if decision == "new" and (same := finished().get(frozen["identity"])) is not None:
@@ -511,24 +600,32 @@ def make_plan(selection: Selection, ask: bool = True) -> Plan:
         here, replaces = found.get(root, Found()), None
         if decision == "live":
             _check_same_scheduler(name, here, cfg, root)
+            _check_same_gate(name, here, own_gate)
             needs = [job for up in needed[name] for job in upstream[up][2]]
             anew = any(up in planned and planned[up].to_submit for up in needed[name])
             if here.job is not None and (stale(here.job, needs) or (anew and here.job.state == "PENDING")):
                 decision, replaces = "again", here.job.job_id
+        held_by = next((planned[up].held_by for up in needed[name] if up in planned and planned[up].held_by), None)
+        if held_by is not None and decision in ("new", "again"):
+            decision, replaces = "held", None
+        why = gate.failure(RunDirectory(root), own_gate) if decision == "done" else None
         planned[name] = Planned(
             name=name, cfg=cfg, frozen=frozen, run=RunDirectory(root), decision=decision, after=needed[name],
             job_id=here.job.job_id if decision == "live" and here.job is not None else None, replaces=replaces,
             waits_for=list(dict.fromkeys(job for up in needed[name] if up in outside for job in upstream[up][2])),
-            history=here.history,
+            history=here.history, gate_problem=why,
+            held_by=name if why is not None else held_by if decision == "held" else None,
         )  # fmt: skip
         own = planned[name].job_id
-        upstream[name] = (root, frozen["identity"], [own] if own is not None else [])
+        upstream[name], configs[name] = (root, frozen["identity"], [own] if own is not None else []), frozen
     _check_restart(planned)
     keep = {name: entry for name, entry in described.items() if name not in planned} if selection.only_one else {}
     for up in outside:
         if up not in keep:
             after = _upstream_names(sources(selection, up), selection.stages[up])
             keep[up] = {"run_dir": str(roots[up]), "stage": selection.stages[up].stage, "after": after}
+        keep[up].pop("gate", None)
+        keep[up] |= {"gate": gates_outside[up]} if gates_outside[up] is not None else {}
     return Plan(selection.run_name, selection.output_base, planned, keep)
 
 
@@ -537,7 +634,7 @@ def _check_restart(planned: Mapping[str, Planned]) -> None:
     asked = {name: p.decision for name, p in planned.items() if p.cfg.restart}
     if not asked or not {"done", "live"} & set(asked.values()) or {"again", "new"} & set(asked.values()):
         return
-    words = {"done": "done", "live": "queued or running"}
+    words = {"done": "done", "live": "queued or running", "held": "held back by a gate"}
     shown = ", ".join(f"{name} is {words[decision]}" for name, decision in asked.items())
     jobs = [p.job_id for name, p in planned.items() if name in asked and p.job_id is not None]
     cancel = f"scancel {' '.join(jobs)} first, or " if jobs else ""

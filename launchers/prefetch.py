@@ -82,6 +82,8 @@ def data_of(cfg: Config) -> dict[str, str | None]:
     parts = {f"data.datasets[{i}]": (part.name, part.path) for i, part in enumerate(cfg.data.datasets)}
     places = parts or {"data": (cfg.data.name, cfg.data.path)}
     found = {f"{key}.{'path' if path else 'name'}": path or KNOWN[name].hub_id for key, (name, path) in places.items()}
+    if cfg.stage == "eval" and cfg.eval.text.name is not None:
+        found["eval.text"] = cfg.eval.text.path or KNOWN[cfg.eval.text.name].hub_id
     return {**found, "data.eval_path": cfg.data.eval_path}
 
 

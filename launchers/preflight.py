@@ -16,10 +16,19 @@ import yaml
 
 from conf import memory
 from conf.chat import check as check_template
-from conf.check import REWARDED, ConfigError, beyond, nearest, parse_wall_time, split_function, tasks_per_node
+from conf.check import (
+    REWARDED,
+    ConfigError,
+    beyond,
+    gpus_per_node,
+    nearest,
+    parse_wall_time,
+    split_function,
+    tasks_per_node,
+)
 from conf.datasets import KNOWN, TRANSFORMS
 from conf.schema import UNTRAINED, Config
-from launchers import graph, slurm
+from launchers import benchmarks, graph, slurm
 from launchers.errors import LaunchError
 from launchers.hub import cache_of, in_cache
 from post_training.run import ledger, life, manifest
@@ -63,6 +72,8 @@ def check_paths(cfg: Config) -> None:
         sources["merge.adapter"] = cfg.merge.adapter
     if cfg.model.name_or_path is None and cfg.model.tokenizer not in ("bytes", "train"):
         sources["model.tokenizer"] = cfg.model.tokenizer
+    if cfg.stage == "eval" and cfg.eval.text.name is not None:
+        sources["eval.text.path"] = cfg.eval.text.path or KNOWN[cfg.eval.text.name].hub_id
     for key, value in sources.items():
         if value is not None:
             _check_source(key, value, cache)
@@ -82,6 +93,12 @@ def check_paths(cfg: Config) -> None:
             )  # fmt: skip
     if cfg.data.transform_file is not None:
         _check_transforms(cfg)
+    if cfg.stage == "eval":
+        benchmarks.check(cfg)
+        for name in ("questions", "reference"):
+            path = getattr(cfg.eval.judge, name)
+            if path is not None and not Path(path).expanduser().exists():
+                raise ConfigError(f"eval.judge.{name}", path, "no such file", f"eval.judge.{name}=<a JSONL file>")
     if cfg.stage in REWARDED:
         for function in getattr(cfg, cfg.stage).reward.functions:
             _check_function(f"{cfg.stage}.reward.functions", function.path)
@@ -170,7 +187,8 @@ def _check_source(key: str, value: str, cache: Path | None) -> None:
         raise ConfigError(
             key, value, "no such file or folder", f"{key}=<a path that exists>, or a hub id such as Qwen/Qwen3-0.6B"
         )
-    if cache is not None and not in_cache("dataset" if key.startswith("data.") else "model", value, cache):
+    kind = "dataset" if key.startswith(("data.", "eval.text.")) else "model"
+    if cache is not None and not in_cache(kind, value, cache):
         raise ConfigError(
             key, value, f"is no local path and not in {cache}, and offline=true asks no hub",
             f"python -m launchers.prefetch first, {key}=<a local path>, or offline=false",
@@ -238,7 +256,8 @@ def check_request(cfg: Config, partitions: Mapping[str, slurm.Partition]) -> Non
         partition = partitions[wanted.partition]
     where = f"partition {partition.name}"
     kinds = sorted({str(kind) for group in partition.groups for kind in group.gpus if kind is not None})
-    if wanted.gpus_per_node and wanted.gpu_type is not None and wanted.gpu_type not in kinds:
+    count = gpus_per_node(cfg)
+    if count and wanted.gpu_type is not None and wanted.gpu_type not in kinds:
         fix = nearest(wanted.gpu_type, kinds) if kinds else "slurm.gpu_type=null"
         raise ConfigError("slurm.gpu_type", wanted.gpu_type, f"{where} has no such GPUs", fix)
 
@@ -246,7 +265,7 @@ def check_request(cfg: Config, partitions: Mapping[str, slurm.Partition]) -> Non
         return group.gpus.get(wanted.gpu_type, 0) if wanted.gpu_type else sum(group.gpus.values())
 
     most = max((gpus(group) for group in partition.groups), default=0)
-    if wanted.gpus_per_node > most:
+    if count > most:
         raise ConfigError(
             "slurm.gpus_per_node",
             wanted.gpus_per_node,
@@ -254,7 +273,7 @@ def check_request(cfg: Config, partitions: Mapping[str, slurm.Partition]) -> Non
             f"slurm.gpus_per_node={most}",
         )
     cpus = wanted.cpus_per_gpu * tasks_per_node(cfg)
-    fitting = [group for group in partition.groups if gpus(group) >= wanted.gpus_per_node]
+    fitting = [group for group in partition.groups if gpus(group) >= count]
     if cpus > (cores := max(group.cpus for group in fitting)):
         fix = f"slurm.cpus_per_gpu={max(1, cores // tasks_per_node(cfg))}"
         raise ConfigError(

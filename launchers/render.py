@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from conf.check import tasks_per_node
+from conf.check import gpus_per_node, tasks_per_node
 from conf.schema import Config
 from post_training.run import life
 from post_training.run.directory import RunDirectory
@@ -41,8 +41,8 @@ def sbatch_options(cfg: Config, run: RunDirectory, dependency: list[str]) -> dic
     """
     slurm, tasks = cfg.slurm, tasks_per_node(cfg)
     gpus = None
-    if slurm.gpus_per_node:
-        gpus = f"{slurm.gpu_type}:{slurm.gpus_per_node}" if slurm.gpu_type else str(slurm.gpus_per_node)
+    if (count := gpus_per_node(cfg)) > 0:
+        gpus = f"{slurm.gpu_type}:{count}" if slurm.gpu_type else str(count)
     options: dict[str, str | int | None] = {
         "job-name": f"{run.pipeline}/{run.name}",
         "comment": str(run.root),

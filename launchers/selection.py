@@ -70,13 +70,14 @@ def select(tokens: Sequence[str], only_one: bool) -> Selection:
     Raises ConfigError. Reads files; asks SLURM under cluster=auto only.
     """
     composer, layers = _composer(), Layers.of(tokens)
-    root = composer.config(list(tokens))
+    root = _root(composer, tokens)
     written: dict[str, Node] = dict(root.pipeline.stages)
     if not written:
         raise ConfigError(
             "pipeline", root.pipeline.name, "has no stages", f"choose one of {', '.join(groups()['pipeline'])}"
         )
     graph.check(written)
+    written = graph.with_gates(written)
     stages, freed = (written, {}) if root.model.name_or_path is None else graph.without_base(written)
     if only_one:
         name, node = graph.find({**written, **stages}, layers.selected or root.stage, groups()["stage"])
@@ -100,12 +101,48 @@ def select(tokens: Sequence[str], only_one: bool) -> Selection:
             check_run(cfg)
             check_paths(cfg)
             check_memory(cfg)
+        _check_comparable(stages, name, config)
     return Selection(
         run_name=root.run_name or root.pipeline.name,
         output_base=Path(root.paths.output_base).expanduser().absolute(),
         only_one=only_one, stages=stages, wanted=tuple(wanted), config=config,
         freed=freed, explicit=frozenset(explicit), dry_run=root.dry_run,
     )  # fmt: skip
+
+
+def _root(composer: Composer, tokens: Sequence[str]) -> Config:
+    """The pipeline's own config. Raises ConfigError, for a gate of a stage that is not there with those that are."""
+    try:
+        return composer.config(list(tokens))
+    except ConfigError as error:
+        parts = error.key.split(".")
+        if parts[:2] != ["pipeline", "stages"] or parts[3:4] != ["gate"]:
+            raise
+        stages = composer.config([t for t in tokens if not split(t)[1].startswith("pipeline.stages.")]).pipeline.stages
+        if parts[2] in stages:
+            raise
+        evals = [name for name, node in stages.items() if node.stage == "eval"]
+        problem = f"the pipeline has no stage {parts[2]}"
+        raise ConfigError(".".join(parts[2:]), error.value, problem, nearest(parts[2], evals)) from None
+
+
+ASKED = ("name", "path", "subset", "split", "eval_path", "eval_split", "held_out", "datasets", "transform", "seed")
+"""Keys of `data` that say which problems an evaluation asks."""
+
+
+def _check_comparable(stages: Mapping[str, Node], name: str, config: Callable[[str], Config]) -> None:
+    """Refuse a gate that compares with an evaluation on other data."""
+    gate = graph.gate_of(stages[name])
+    if gate is None or gate.parent is None:
+        return
+    ours, theirs = config(name).data, config(gate.parent).data
+    other = next((k for k in ASKED if getattr(ours, k) != getattr(theirs, k)), None)
+    if other is not None:
+        raise ConfigError(
+            f"{name}.gate.parent", gate.parent,
+            f"is on other data: data.{other}={getattr(theirs, other)}, here {getattr(ours, other)}",
+            f"the same data for both, {name}.gate.parent=<an eval on the same data>, or {name}.gate.at_least=...",
+        )  # fmt: skip
 
 
 def _refuse_for_all(layers: Layers) -> None:

@@ -23,11 +23,11 @@ from typing import Any
 from launchers import slurm, table
 from launchers.errors import LaunchError
 from launchers.local import owned
-from post_training.run import accounting, manifest, results
+from post_training.run import accounting, gate, ledger, manifest, results
 from post_training.run.directory import RunDirectory, load_yaml
 from post_training.run.history import History
 
-STATES = ("waiting", "queued", "running", "stopping", "requeued", "done", "failed", "cancelled", "unknown")
+STATES = ("waiting", "queued", "running", "stopping", "requeued", "done", "gated", "failed", "cancelled", "unknown")
 WATCH_SECONDS = 5.0
 
 PENDING = {
@@ -278,6 +278,7 @@ class Look:
     name: str
     run: RunDirectory
     after: tuple[str, ...] | None = None
+    gate: dict[str, Any] | None = None  # of an eval stage
     config: dict[str, Any] = field(default_factory=dict)
     config_problem: str | None = None
     story: table.Story = field(default_factory=lambda: table.Story(History()))
@@ -380,7 +381,10 @@ def looks_of(folder: Path) -> list[Look]:
             if not run_dir.is_dir():
                 run_dir = folder / name  # not there yet, or the outputs were moved
             after = tuple(str(parent) for parent in node.get("after") or ())
-            looks[name] = Look(folder.name, name, RunDirectory(run_dir), after)
+            held = node.get("gate")
+            looks[name] = Look(
+                folder.name, name, RunDirectory(run_dir), after, held if isinstance(held, dict) else None
+            )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass  # without it the folders speak for themselves
     known = {real(look.run.root) for look in looks.values()}
@@ -444,6 +448,7 @@ def rows_of(looks: list[Look], jobs: Jobs, now: float) -> list[dict[str, Any]]:
     by_folder = {real(look.run.root): look.name for look in looks}
     undone = {look.name for look in looks if not look.done}
     scores = _scores(looks)
+    gates, held = _gates(looks)
     rows = []
     for look in looks:
         history = look.story.history
@@ -461,6 +466,10 @@ def rows_of(looks: list[Look], jobs: Jobs, now: float) -> list[dict[str, Any]]:
         state, reason = row_state(
             history, look.output_problem, job, local and not look.done and owned(look.run), waits_for
         )
+        if state == "done" and look.name in gates:
+            state, reason = "gated", f"gate: {gates[look.name]}"
+        elif look.name in held and (state == "waiting" or (state == "cancelled" and not history.cancelled)):
+            reason = held[look.name]
         if look.config_problem:
             state, reason = "unknown", look.config_problem
         elif look.story.problem and history.job_id is None and state != "done":
@@ -519,6 +528,18 @@ def _row(
 
 def account(look: Look, state: str, now: float) -> accounting.Account:
     """Where the run's time went, as far as it is known: an unknown state is told up to its last sign of life."""
+    return accounting.account(*_told(look, state, now))
+
+
+def spans(look: Look, state: str, now: float) -> list[accounting.Span]:
+    """The time of `account` in its order, attempt by attempt."""
+    return accounting.spans(*_told(look, state, now))
+
+
+def _told(
+    look: Look, state: str, now: float
+) -> tuple[tuple[ledger.Event, ...], dict[str, Any] | None, float | None, str | None]:
+    """What the accounting of a run is told."""
     running = look.story.history.running
     progress = table.read_progress(look.run) if running else None
     since = None
@@ -526,7 +547,8 @@ def account(look: Look, state: str, now: float) -> accounting.Account:
         since = "stopped"
     elif state in ("requeued", "queued", "waiting") and running:
         since = "lost"  # SLURM requeued it; its next attempt will close this one
-    return accounting.account(look.story.events, progress, None if state in ("done", "unknown") else now, since)
+    over = state in ("done", "gated", "unknown")
+    return look.story.events, progress, None if over else now, since
 
 
 def _times(time: accounting.Account) -> dict[str, Any]:
@@ -582,6 +604,26 @@ def _scores(looks: list[Look]) -> dict[str, tuple[float | None, str | None]]:
     return found
 
 
+def _gates(looks: list[Look]) -> tuple[dict[str, str], dict[str, str]]:
+    """Why gates of evaluations that are done do not hold, by stage; and the gate that holds a stage back, by stage."""
+    closed: dict[str, str] = {}
+    for look in looks:
+        if look.gate is not None and look.done:
+            try:
+                why = gate.failure(look.run, look.gate)
+            except OSError as error:
+                why = f"{look.run.results} cannot be read: {error.strerror}"
+            if why is not None:
+                closed[look.name] = why
+    held = {name: f"gate of {name}: {why}" for name, why in closed.items()}
+    for _ in looks if closed else ():  # the graph may be damaged: no more rounds than there are stages
+        for look in looks:
+            cause = next((held[up] for up in look.after or () if up in held), None)
+            if cause is not None and not look.done:
+                held.setdefault(look.name, cause)
+    return closed, {name: cause for name, cause in held.items() if name not in closed}
+
+
 def wall_seconds(value: Any) -> int | None:
     """Seconds of a frozen config's wall time."""
     text = str(value).strip()
@@ -611,8 +653,8 @@ LEFT_OUT_EMPTY = ("bar", "step", "value", "tokens", "mfu", "goodput", "score")
 DROPPED_FIRST = ("tokens", "mfu", "goodput", "nodes", "bar", "failures", "attempts", "job", "value")
 """What a narrow terminal does without, in this order."""
 _ANSI = {
-    "running": "36", "stopping": "33", "requeued": "33", "done": "32", "failed": "1;31", "cancelled": "35",
-    "unknown": "33", "waiting": "2", "queued": "34",
+    "running": "36", "stopping": "33", "requeued": "33", "done": "32", "gated": "1;33",
+    "failed": "1;31", "cancelled": "35", "unknown": "33", "waiting": "2", "queued": "34",
 }  # fmt: skip
 
 

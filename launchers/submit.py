@@ -16,14 +16,14 @@ from pathlib import Path
 
 import yaml
 
-from conf.check import ConfigError, parse_wall_time, split_function
+from conf.check import ConfigError, gpus_per_node, parse_wall_time, split_function
 from launchers import cli, slurm
-from launchers.errors import LaunchError, Unanswered
+from launchers.errors import LaunchError, Unanswered, gate_fix
 from launchers.plan import PIPELINE_FILE, Plan, Planned, live_jobs, make_plan, own_files
 from launchers.preflight import check_cluster, check_leads
 from launchers.render import job_script
 from launchers.selection import Selection, select
-from post_training.run import ledger, life
+from post_training.run import environment, gate, ledger, life
 from post_training.run.directory import RunDirectory, fsync_path, write_atomic
 from post_training.run.history import History, summarise
 
@@ -63,9 +63,10 @@ def launch(selection: Selection) -> int:
             if plan.scheduler == "slurm":
                 submit(plan, undo)
     _show(plan)
+    held = _tell_gates(plan)
     if plan.scheduler != "local":
-        return 0
-    status = _supervise(plan)
+        return held
+    status = max(_supervise(plan), held)
     if status == 0 and not selection.only_one:
         from launchers import compare
 
@@ -170,8 +171,9 @@ def _cancel(plan: Plan, undo: _Undo) -> str | None:
 
 
 def snapshot() -> dict[str, bytes]:
-    """The code that runs are frozen with, by relative path, read once for all runs of a command."""
-    return {
+    """The code that runs are frozen with, by relative path, read once for all runs of a command; and its commit."""
+    commit = environment.commit_of(SOURCE)
+    return ({environment.COMMIT: f"{commit}\n".encode()} if commit else {}) | {
         str(path.relative_to(SOURCE)): path.read_bytes()
         for part in SNAPSHOT
         for path in sorted((SOURCE / part).rglob("*"))
@@ -298,7 +300,7 @@ def _supervise(plan: Plan) -> int:
     """Run a plan's stages on this machine, in the foreground."""
     from launchers.local import LocalRun, supervise
 
-    waiting = [p for p in plan.stages.values() if p.decision != "done"]
+    waiting = [p for p in plan.stages.values() if p.decision not in ("done", "held")]
     if not waiting:
         return 0
     names = {p.name for p in waiting}
@@ -307,7 +309,7 @@ def _supervise(plan: Plan) -> int:
             LocalRun(
                 run=p.run,
                 after=tuple(up for up in p.after if up in names),
-                cpus=max(1, p.cfg.slurm.gpus_per_node) * p.cfg.slurm.cpus_per_gpu,
+                cpus=max(1, gpus_per_node(p.cfg)) * p.cfg.slurm.cpus_per_gpu,
                 wall_time=parse_wall_time(p.cfg.slurm.wall_time),
                 signal_time=p.cfg.slurm.signal_time_seconds,
             )
@@ -318,7 +320,10 @@ def _supervise(plan: Plan) -> int:
 
 # --------------------------------------------------------------------------------------------- showing
 
-WORDS = {"new": "submitted", "again": "submitted again", "live": "queued or running already", "done": "done before"}
+WORDS = {
+    "new": "submitted", "again": "submitted again", "live": "queued or running already", "done": "done before",
+    "held": "left out",
+}  # fmt: skip
 
 
 def _show(plan: Plan) -> None:
@@ -332,6 +337,8 @@ def _show(plan: Plan) -> None:
             what += " from scratch"
         if planned.elsewhere:
             what = f"reused from {planned.run.pipeline}"
+        if planned.held_by is not None:
+            what += "; its gate does not hold" if planned.gate_problem else f": gate of {planned.held_by}"
         after = [up for up in planned.after if up not in plan.stages or plan.stages[up].decision != "done"]
         rows.append((planned.name, planned.job_id or "-", what, ", ".join(after) or "-", _near(planned.run.root)))
     # plain text: one line a stage whatever the terminal's width, for eyes and for grep
@@ -341,6 +348,19 @@ def _show(plan: Plan) -> None:
     if not any(planned.to_submit for planned in plan.stages.values()):
         print("nothing to submit")
     print(f"look:  python -m launchers.status {_hint(plan)}", flush=True)
+
+
+def _tell_gates(plan: Plan) -> int:
+    """Say which gates of evaluations that are done do not hold and what was left out for them; 1 where there is one."""
+    status = 0
+    for planned in plan.stages.values():
+        if planned.gate_problem is None:
+            continue
+        out = [p.name for p in plan.stages.values() if p.decision == "held" and p.held_by == planned.name]
+        behind = f"; left out: {', '.join(out)}" if out else ""
+        print(f"{planned.name}: gate: {planned.gate_problem}{behind}\n  fix: {gate_fix(planned.name)}", file=sys.stderr)
+        status = 1
+    return status
 
 
 def _near(path: Path) -> str:
@@ -363,11 +383,17 @@ def preview(plan: Plan) -> str:
     lines = [f"pipeline {plan.name} on cluster={plan.cluster}, in {plan.folder}", ""]
     for planned in plan.stages.values():
         after = f" after {', '.join(planned.after)}" if planned.after else ""
-        word = {"done": "done before", "live": "running already"}.get(planned.decision, "to submit")
+        word = {"done": "done before", "live": "running already", "held": f"left out (gate of {planned.held_by})"}.get(
+            planned.decision, "to submit"
+        )
         if planned.from_scratch:
             word += " from scratch"
         if planned.elsewhere:
             word = f"reused from {planned.run.root}"
+        if planned.gate_problem is not None:
+            after += f"; its gate does not hold: {planned.gate_problem}"
+        elif "gate" in planned.frozen:
+            after += f"; gate: {gate.describe(planned.frozen['gate'])}"
         lines.append(f"  {planned.name:{width}}  {planned.cfg.stage:4}  {word}{after}")
     for planned in plan.stages.values():
         if planned.to_submit:

@@ -12,7 +12,6 @@ import contextlib
 import json
 import math
 import os
-import re
 import secrets
 import sys
 from collections.abc import Iterator, Mapping
@@ -25,6 +24,7 @@ from transformers.integrations.integration_utils import rewrite_logs
 from conf.schema import Config
 from post_training.run import ledger
 from post_training.run.directory import RunDirectory, write_atomic
+from post_training.run.secrets import without_secrets
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -241,18 +241,3 @@ class WeightsAndBiases(TrainerCallback):
 
     def _write(self, about: Mapping[str, Any]) -> None:
         write_atomic(self.folder / "run.json", json.dumps(about) + "\n")
-
-
-SECRET = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|credentials?)$", re.IGNORECASE)
-
-
-def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A frozen config for others' eyes: without the job's environment and set-up lines, and names that mean secrets."""
-    kept = {}
-    for name, value in config.items():
-        if SECRET.search(str(name)):
-            continue
-        if name == "slurm" and isinstance(value, Mapping):
-            value = {key: inner for key, inner in value.items() if key not in ("env", "setup")}
-        kept[str(name)] = without_secrets(value) if isinstance(value, Mapping) else value
-    return kept

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from post_training.distributed import set_rank_environment
-from post_training.run import ledger, life, manifest
+from post_training.run import environment, ledger, life, manifest
 from post_training.run.directory import Fenced, RunDirectory, write_atomic
 from post_training.run.history import summarise
 from post_training.run.progress import Progress
@@ -169,6 +169,8 @@ def run_attempt(run: RunDirectory, attempt: int) -> int:
     watchdog.beat()
     watchdog.start()
     try:
+        if rank == 0:
+            environment.record(run, attempt)
         if config["stage"] == "eval":
             from post_training.stages.eval import evaluate
 

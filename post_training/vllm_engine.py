@@ -47,11 +47,10 @@ class Engine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         on_cpu = not torch.cuda.is_available()
         threads = torch.set_num_threads, torch.get_num_threads()
-        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        # an engine of before has made a group as well, and is no rank
+        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized() and "RANK" in os.environ)
         with randomness_kept(), vllm_usable():
-            from vllm import LLM
-
-            self.llm = LLM(
+            self.llm = self.start(
                 model=str(folder),
                 load_format="dummy",
                 skip_tokenizer_init=True,
@@ -69,6 +68,12 @@ class Engine:
         self.llm.llm_engine.engine_core._finalizer.detach()
         torch.set_num_threads = threads[0]  # vLLM forbids it on CPUs
         torch.set_num_threads(threads[1])
+
+    def start(self, **settings: Any) -> Any:
+        """A vllm.LLM."""
+        from vllm import LLM
+
+        return LLM(**settings)
 
     def load(self, weights: Weights) -> None:
         """Take these weights, under the names of transformers. They may be freed or changed once the next is asked."""

@@ -161,8 +161,8 @@ def test_every_stage_of_every_pipeline_composes_and_is_valid(tmp_path: Path) -> 
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     for pipeline in groups()["pipeline"]:
-        # batches of these two are for few ranks
-        for cluster in ("local", "dev") if pipeline in ("quickstart", "records") else ("local", "dev", "h100"):
+        # batches of these are for few ranks
+        for cluster in ("local", "dev") if pipeline in ("quickstart", "gated", "records") else ("local", "dev", "h100"):
             tokens = [f"pipeline={pipeline}", f"cluster={cluster}", f"paths.data={tmp_path}"]
             selection = select(tokens, only_one=False)
             assert set(selection.configs) == set(selection.stages)

@@ -14,7 +14,8 @@ HEAVY = ("torch", "transformers", "trl", "datasets", "accelerate", "deepspeed")
 MODULES = [
     "launchers.submit", "launchers.pipeline", "launchers.status", "launchers.compare", "launchers.devcluster",
     "launchers.local", "launchers.executor", "launchers.render", "conf.schema", "conf.check", "post_training.run.life",
-    "launchers.prefetch", "conf.chat", "launchers.push", "launchers.card",
+    "launchers.prefetch", "conf.chat", "post_training.chat", "launchers.push", "launchers.card", "launchers.report",
+    "launchers.charts", "post_training.run.environment",
 ]  # fmt: skip
 
 

@@ -186,6 +186,27 @@ def test_a_chain_runs_in_the_graphs_order_and_is_not_run_again(world: World) -> 
     assert all(len(world.events(name, "submitted")) == 1 for name in ids)
 
 
+def test_an_evaluation_whose_gate_does_not_hold_takes_its_dependents_with_it(world: World) -> None:
+    world.add("sft")
+    judged = world.add("eval", ["sft"])
+    world.add("ppo", ["sft", "eval"])
+    world.add("dpo", ["sft"])
+    gate = {"metric": "accuracy", "at_least": 0.3}
+    judged.config.write_text(json.dumps(json.loads(judged.config.read_text()) | {"gate": gate}))
+    for _ in range(2):  # the second supervisor finds it done
+        assert world.supervise() == 1
+        why = f"there is no {judged.results}"
+        assert f"eval: done; gate: {why}" in world.said() and "failed" not in world.said()
+        assert f"ppo: cancelled: gate of eval: {why}" in world.said() and "dpo: failed" not in world.said()
+        assert world.events("ppo", "cancelled")[-1]["reason"] == f"gate of eval: {why}"
+        assert not world.events("ppo", "attempt_started")
+        assert [event["outcome"] for event in world.events("eval", "attempt_ended")] == ["finished"]
+        assert len(world.events("dpo", "attempt_ended")) == 1
+    judged.results.write_text('{"version": 2, "headline": "accuracy", "figures": {"accuracy": {"value": 0.3}}}')
+    assert world.supervise() == 0
+    assert world.events("ppo", "attempt_ended")[0]["outcome"] == "finished"
+
+
 def test_branches_run_side_by_side(world: World) -> None:
     world.add("base")
     for name in ("left", "right"):

@@ -25,8 +25,8 @@ def command(module: str, *tokens: str) -> str:
     return done.stdout
 
 
-def status(output_base: Path) -> dict[str, dict[str, Any]]:
-    printed = command("launchers.status", f"paths.output_base={output_base}", "--json")
+def status(output_base: Path, name: str = "quickstart") -> dict[str, dict[str, Any]]:
+    printed = command("launchers.status", f"run_name={name}", f"paths.output_base={output_base}", "--json")
     return {row["stage"]: row for row in json.loads(printed)["runs"]}
 
 
@@ -61,6 +61,19 @@ def test_the_quickstart_gets_better_stage_by_stage(quickstart: tuple[Path, str])
     assert {row["state"] for row in rows.values()} == {"done"}
     assert rows["sft"]["score"] == scores["sft"].value
     assert rows["sft"]["step"] == rows["sft"]["max_steps"] == 250
+
+
+def test_gates_judge_what_real_evaluations_found(quickstart: tuple[Path, str]) -> None:
+    base, _ = quickstart
+    where = ("cluster=local", f"paths.output_base={base}")
+    printed = command("launchers.pipeline", "pipeline=gated", *where)  # all gates hold: the quickstart's runs are taken
+    assert printed.count("reused from quickstart") == 12 and "nothing to submit" in printed
+    tokens = ("pipeline=quickstart", "stage=eval_sft", "run_name=closed", "eval.num_problems=32", *where)
+    argv = [sys.executable, "-m", "launchers.submit", *tokens, "eval_sft.gate.at_least=0.99"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "is below at_least 0.99" in done.stderr, done.stdout + done.stderr
+    row = status(base, "closed")["eval_sft"]
+    assert (row["state"], row["failures"]) == ("gated", 0) and row["score"] < 0.99
 
 
 def test_the_best_model_answers(quickstart: tuple[Path, str]) -> None:

@@ -7,6 +7,7 @@ a cluster, others in forked ones (tests.shim). The second ones find their first 
 from __future__ import annotations
 
 import contextlib
+import csv
 import dataclasses
 import io
 import json
@@ -283,18 +284,20 @@ def test_dpo_begins_at_its_reference_and_grpo_with_its_model(done: Done) -> None
 def test_reasoning_is_judged_by_steps_and_answers(done: Done, capsys: pytest.CaptureFixture[str]) -> None:
     chain = ("base", "distill", "grpo")
     assert [start_of(done.run("reasoning", stage)).name for stage in chain[1:]] == ["base", "distill"]
-    assert compare.main([f"paths.output_base={done.output_base('reasoning')}"]) == 0
+    where = f"paths.output_base={done.output_base('reasoning')}"
+    assert compare.main([where]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     header = next(line for line in lines if line[:2] == ["stage", "score"])
     assert header[-3:] == ["form", "steps", "right"]
-    rows = {line[0]: line for line in lines if line[2:3] == ["%"]}
+    assert compare.main([where, "--csv"]) == 0
+    rows = {row["stage"]: row for row in csv.DictReader(io.StringIO(capsys.readouterr().out))}
     assert set(rows) == set(chain)
     for stage in chain:
         judge = done.run("reasoning", f"eval_{stage}")
         figures = step_figures([sample["completion"] for sample in samples(judge)])
         assert {k: results(judge).figures[k].value for k in figures} == figures
-        assert rows[stage][1:3] == [f"{100 * results(judge).score.value:.1f}", "%"]
-        assert rows[stage][-2] == f"{figures['steps']:.1f}"
+        assert rows[stage]["score"] == str(results(judge).score.value)
+        assert float(rows[stage]["steps"]) == figures["steps"]
 
 
 def test_safety_prefers_harmless_answers_and_counts_what_it_costs(done: Done) -> None:

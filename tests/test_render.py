@@ -105,6 +105,16 @@ def test_percent_signs_of_folders_are_not_slurms() -> None:
     assert options["output"] == "/a %%j/full/sft/slurm/slurm-%j.out"
 
 
+@pytest.mark.parametrize(("given", "asked"), [(8, "h100:1"), (1, "h100:1"), (0, None)])
+def test_an_evaluation_is_one_process_with_one_gpu(given: int, asked: str | None) -> None:
+    """It is not distributed: on a cluster of 8 GPUs a node, eight of it would write one output."""
+    run = RunDirectory(Path("/data/outputs/full/eval_sft"))
+    config = replace(cfg("slurm", gpus_per_node=given, gpu_type="h100"), stage="eval")
+    options = sbatch_options(config, run, [])
+    assert (options["ntasks-per-node"], options.get("gpus-per-node")) == (1, asked)
+    assert "--ntasks=1 --ntasks-per-node=1" in job_script(config, run, "python")
+
+
 def test_dependencies_end_well_or_take_the_job_with_them() -> None:
     options = sbatch_options(cfg("slurm"), RunDirectory(Path("/a/full/sft")), ["1", "2"])
     assert options["dependency"] == "afterok:1:2" and options["kill-on-invalid-dep"] == "yes"

@@ -18,8 +18,9 @@ from launchers.plan import freeze
 from launchers.selection import select, sources
 from post_training import train
 from post_training.data.source import DataError, assistant, think_answer, user
+from post_training.data.tokenizer import bytes_tokenizer
 from post_training.rewards.steps import step_figures, steps, thought
-from post_training.run import ledger, manifest
+from post_training.run import ledger, manifest, results
 from post_training.run.directory import RunDirectory
 from post_training.run.history import summarise
 from post_training.run.life import STOPPED
@@ -114,19 +115,20 @@ def test_distill_with_adapters_and_its_evaluation(
     for name, model in (("eval_start", start), ("eval_distill", run.model)):
         judge = make_run(folder, "eval", "eval.max_new_tokens=40", name=name, model=model)
         assert train.run_attempt(judge, 1) == 0
-        figures.append(json.loads(judge.results.read_text()))
+        figures.append(results.read(judge).figures)
         samples = [json.loads(line)["completion"] for line in judge.samples.read_text().splitlines()]
-        expected = step_figures(samples)
-        assert {k: figures[-1][k] for k in expected} == expected
+        expected = {name: value for name, value in step_figures(samples).items() if value is not None}
+        assert {name: figures[-1][name].value for name in expected} == expected
     assert figures[0] != figures[1]
-    from post_training.stages import eval as module
+    from post_training.evaluation import answers
 
     said = think_answer("1+1=2 2+2=5", "4")  # a model so small never thinks
-    monkeypatch.setattr(module, "greedy_answers", lambda m, t, prompts, *_: [(said, [1])] * len(prompts))
+    ids = bytes_tokenizer()(said)["input_ids"]
+    monkeypatch.setattr(answers, "by_transformers", lambda m, t, n, prompts, *_: [[[ids, False]]] * len(prompts))
     judge = make_run(folder, "eval", name="eval_thinks", model=start)
     assert train.run_attempt(judge, 1) == 0
-    result = json.loads(judge.results.read_text())
-    assert (result["thought"], result["steps"], result["steps_right"]) == (1.0, 2.0, 0.5)
+    found = results.read(judge).figures
+    assert [found[name].value for name in ("thought", "steps", "steps_right")] == [1.0, 2.0, 0.5]
 
 
 # ----------------------------------------------------------------------------------------------------- sample
@@ -230,7 +232,7 @@ def without_pause(make: Any) -> Any:
         pulse = make(run, attempt, *rest)
 
         def every_time(*_: object) -> None:
-            from post_training.stages.eval import Asked
+            from post_training.evaluation.work import Asked
 
             pulse()
             if run.stop_requested(attempt):

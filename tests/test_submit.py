@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,7 +48,9 @@ if os.environ.get("SLURM_PROCID", "0") == "0":
     run.model.mkdir(exist_ok=True)
     (run.model / "weights").write_text(config["name"])
     if config["stage"] == "eval":
-        run.results.write_text('{"metric": "accuracy", "score": 0.5, "score_low": 0.4, "score_high": 0.6}')
+        found = Path(__file__).with_name(f"results-{config['name']}")
+        usual = '{"metric": "accuracy", "score": 0.5, "score_low": 0.4, "score_high": 0.6}'
+        run.results.write_text(found.read_text() if found.exists() else usual)
         run.samples.write_text("")
     manifest.write(run.model, identity=config["identity"])
 """
@@ -101,6 +104,18 @@ class Bench:
             path.unlink(missing_ok=True)
         else:
             path.write_text(how)
+
+    def finds(self, stage: str, **figures: float) -> None:
+        """What an eval stage finds; by default an accuracy of 0.5."""
+        plain = {name: {"value": value, "low": value - 0.05, "high": value + 0.05} for name, value in figures.items()}
+        found = {"version": 2, "headline": next(iter(figures), None), "figures": plain}
+        (self.stub / f"results-{stage}").write_text(json.dumps(found))
+
+    def status(self, pipeline: str) -> dict[str, dict[str, Any]]:
+        """What status says of a pipeline's runs, by stage."""
+        argv = [sys.executable, "-m", "launchers.status", f"run_name={pipeline}", f"paths.output_base={self.base}"]
+        done = subprocess.run([*argv, "--json"], cwd=self.folder, env=self.env, capture_output=True, text=True)
+        return {row["stage"]: row for row in json.loads(done.stdout)["runs"]}
 
 
 @pytest.fixture
@@ -277,6 +292,50 @@ def test_a_lead_that_was_seen_to_be_too_short_is_reported(bench: Bench) -> None:
         assert bench(*command, *tokens, "dry_run=true").stderr == "", tokens
 
 
+def test_a_gate_stops_the_chain_behind_it_and_another_bound_goes_on(bench: Bench) -> None:
+    """pipeline=gated: sft learned too little; then ppo forgot too much."""
+    bench.finds("eval_sft", accuracy=0.213)
+    bench.finds("eval_rm", preference_accuracy=0.8)
+    bench.finds("eval_ppo", accuracy=0.15)
+    done = bench("pipeline", "pipeline=gated")
+    assert done.returncode == 1, done.stdout + done.stderr
+    why = "accuracy 0.213 (0.16 to 0.26) is below at_least 0.3"
+    assert f"\neval_sft: gate: {why}\n  fix: another bound, as in eval_sft.gate.at_least=" in done.stderr
+    assert "failed" not in done.stderr
+    held = ("rm", "ppo", "dpo", "grpo", "eval_rm", "eval_ppo", "eval_dpo", "eval_grpo")
+    for name in held:  # nothing of them began
+        run = bench.run("gated", name)
+        assert summarise(ledger.read(run.ledger)).attempts == 0 and not run.model.exists(), name
+    seen = bench.status("gated")
+    assert (seen["eval_sft"]["state"], seen["eval_sft"]["reason"]) == ("gated", f"gate: {why}")
+    assert {(seen[n]["state"], seen[n]["reason"]) for n in held} == {("cancelled", f"gate of eval_sft: {why}")}
+    assert seen["eval_sft"]["score"] == 0.213 and seen["base"]["state"] == seen["eval_base"]["state"] == "done"
+
+    # the same command starts nothing, and says why
+    dry = bench("pipeline", "pipeline=gated", "dry_run=true")
+    assert f"done before after sft; its gate does not hold: {why}" in dry.stdout, dry.stdout + dry.stderr
+    assert "left out (gate of eval_sft)" in dry.stdout and "#!/bin/bash" not in dry.stdout
+    done = bench("pipeline", "pipeline=gated")
+    assert done.returncode == 1 and "nothing to submit" in done.stdout, done.stdout + done.stderr
+    assert f"eval_sft: gate: {why}; left out: rm, dpo, eval_rm, ppo," in done.stderr and "fix: another" in done.stderr
+    assert summarise(ledger.read(bench.run("gated", "rm").ledger)).attempts == 0
+    assert "comes after eval_sft, whose gate does not hold" in bench.refused("submit", "pipeline=gated", "stage=dpo")
+
+    # another bound: the evaluation is reused, and the chain goes on to the next gate
+    done = bench("pipeline", "pipeline=gated", "eval_sft.gate.at_least=0.2")
+    assert done.returncode == 1, done.stdout + done.stderr
+    worse = "accuracy 0.15 (0.1 to 0.2) is worse than eval_sft's 0.213 (0.16 to 0.26) by 0.063, more than max_drop 0.05"
+    assert f"\neval_ppo: gate: {worse}\n" in done.stderr
+    seen = bench.status("gated")
+    states = {name: row["state"] for name, row in seen.items()}
+    assert {name for name, state in states.items() if state != "done"} == {"eval_ppo", "grpo", "eval_grpo"}
+    assert states["eval_ppo"] == "gated" and seen["grpo"]["reason"] == f"gate of eval_ppo: {worse}"
+    assert summarise(ledger.read(bench.run("gated", "eval_sft").ledger)).attempts == 1
+    done = bench("pipeline", "pipeline=gated", "eval_sft.gate.at_least=0.2", "eval_ppo.gate=null")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {row["state"] for row in bench.status("gated").values()} == {"done"}
+
+
 def test_a_sweep_makes_a_pipeline_a_point_and_shares_what_is_the_same(bench: Bench) -> None:
     done = bench("pipeline", "pipeline=dpo", "sft.lr=1e-5,1e-4", "-m")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -374,6 +433,38 @@ def test_a_failure_takes_its_dependents_and_the_same_command_goes_on(
         "model": str(cluster.run("rlhf", "sft").model), "reference": str(cluster.run("rlhf", "sft").model),
         "reward_model": str(cluster.run("rlhf", "rm").model),
     }  # fmt: skip
+
+
+@pytest.mark.slurm
+def test_a_gate_on_slurm_cancels_what_waits_behind_it(cluster: Bench, devcluster: dc.Cluster) -> None:
+    tokens = ("pipeline=dpo", "eval_sft.gate={metric: accuracy, at_least: 0.6}")
+    done = cluster("pipeline", *tokens)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ours = records(cluster, devcluster)
+    waits = ours["dpo"].dependency
+    assert ours["sft"].job_id in waits and ours["eval_sft"].job_id in waits
+    assert ours["eval_sft"].job_id not in ours["eval_dpo"].dependency
+    wait_for("no job is left", lambda: not any(j.live for j in records(cluster, devcluster).values()), 120)
+    ended = {name: job.state for name, job in records(cluster, devcluster).items()}
+    held = ("dpo", "grpo", "eval_dpo", "eval_grpo")
+    assert ended["eval_sft"] == "FAILED" and {ended[name] for name in held} == {"CANCELLED"}, ended
+    assert manifest.problem(cluster.run("dpo", "eval_sft").model) is None
+    history = summarise(ledger.read(cluster.run("dpo", "eval_sft").ledger))
+    assert (history.outcome, history.failures, history.attempts, history.gave_up) == ("finished", 0, 1, False)
+    why = "accuracy 0.5 (0.4 to 0.6) is below at_least 0.6"
+    seen = cluster.status("dpo")
+    assert (seen["eval_sft"]["state"], seen["eval_sft"]["reason"]) == ("gated", f"gate: {why}")
+    for name in held:
+        assert (seen[name]["state"], seen[name]["reason"]) == ("cancelled", f"gate of eval_sft: {why}"), seen[name]
+        assert seen[name]["attempts"] == 0 and not cluster.run("dpo", name).model.exists()
+
+    again = cluster("pipeline", *tokens)
+    assert again.returncode == 1 and f"eval_sft: gate: {why}; left out: dpo, grpo, " in again.stderr, again.stderr
+    assert "nothing to submit" in again.stdout
+    lower = cluster("pipeline", "pipeline=dpo", "eval_sft.gate.at_least=0.5")
+    assert lower.returncode == 0, lower.stdout + lower.stderr
+    assert job_of(cluster.run("dpo", "grpo")).result() == cluster.run("dpo", "grpo").model
+    assert cluster.status("dpo")["eval_sft"]["attempts"] == 1
 
 
 @pytest.mark.slurm

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -59,6 +59,17 @@ class Account:
         """Share of the held time that went into steps that count and evaluation; None where nothing was held."""
         useful = self.seconds["steps"] + self.seconds["evaluation"]
         return useful / self.held if self.held > 0 else None
+
+
+@dataclass(frozen=True)
+class Span:
+    """What a run was doing between two moments: one attempt, or a wait between two."""
+
+    start: float  # seconds since the epoch
+    end: float
+    seconds: dict[str, float]  # by name; adds up to end - start
+    attempt: int | None = None  # None: no attempt ran
+    cause: str | None = None  # how the attempt ended, as in Account.lost_by_cause, or finished; None while it runs
 
 
 @dataclass
@@ -138,10 +149,32 @@ def account(
     since_last_sign: what the time since the run's last sign of life is, where that is known from elsewhere: "stopped"
     (SLURM has forgotten the job) or "lost" (it was requeued, and its attempt is not closed); None: what it did then.
     """
+    return _tally(_marks(events, progress, now), since_last_sign)
+
+
+def spans(
+    events: Iterable[Event],
+    progress: Mapping[str, Any] | None = None,
+    now: float | None = None,
+    since_last_sign: str | None = None,
+) -> list[Span]:
+    """The same time as `account`'s in its order: attempts, and what lies between them. Arguments as there. Pure."""
+    found = []
+    for start, end, state, shares, live in _pieces(_marks(events, progress, now), since_last_sign):
+        seconds = {name: value / 1000 for name, value in shares.items() if value}
+        if isinstance(state, _Attempt):
+            found.append(Span(start / 1000, end / 1000, seconds, state.number, None if live else state.cause))
+        elif end > start:
+            found.append(Span(start / 1000, end / 1000, seconds))
+    return found
+
+
+def _marks(events: Iterable[Event], progress: Mapping[str, Any] | None, now: float | None) -> list[_Mark]:
+    """What the run was doing from which moment on, with the moment at which the telling ends as the last one."""
     limit = _milliseconds(now)
     marks, latest = _timeline(events, limit)
     if not marks:
-        return Account()
+        return []
     last = marks[-1][1]
     attempts = {state.number: state for _, state in marks if isinstance(state, _Attempt)}
     if progress is not None and isinstance(number := progress.get("attempt"), int) and number in attempts:
@@ -155,7 +188,7 @@ def account(
         end = max(end, last.measured_until)
     if last != "over":
         marks.append((end, "over"))
-    return _tally(marks, since_last_sign)
+    return marks
 
 
 _Mark = tuple[int, "str | _Attempt"]
@@ -227,8 +260,32 @@ def _after(attempt: _Attempt, action: str) -> str:
     return "hold" if action == "requeue" or attempt.outcome == "preempted" else "stopped"
 
 
+_Piece = tuple[int, int, "str | _Attempt", dict[str, int], bool]
+
+
+def _pieces(marks: list[_Mark], since_last_sign: str | None) -> Iterator[_Piece]:
+    """Between each two marks: start, end, what the run was doing, its milliseconds by name, and whether it still is."""
+    for index, ((start, state), (end, following)) in enumerate(pairwise(marks)):
+        newest = index == len(marks) - 2 and following == "over"
+        if not isinstance(state, _Attempt):
+            name = "stopped" if state == "over" else state
+            if newest and name in ("queued", "hold") and since_last_sign == "stopped":
+                name = "stopped"
+            yield start, end, state, {name: end - start}, newest
+            continue
+        live = newest and state.outcome is None
+        tail = None
+        if state.superseded or (live and state.cancelled):
+            tail = "stopped"
+        elif live:
+            tail = since_last_sign or state.phase
+        yield start, end, state, state.shares(start, end, tail), live
+
+
 def _tally(marks: list[_Mark], since_last_sign: str | None) -> Account:
     """Add up the time between the marks, each under its name and each loss under its cause."""
+    if not marks:
+        return Account()
     total = dict.fromkeys(NAMES, 0)
     lost: dict[str, int] = {}
     held = failures = 0
@@ -239,25 +296,12 @@ def _tally(marks: list[_Mark], since_last_sign: str | None) -> Account:
         if value:
             lost[cause] = lost.get(cause, 0) + value
 
-    for index, ((start, state), (end, following)) in enumerate(pairwise(marks)):
-        newest = index == len(marks) - 2 and following == "over"
-        if not isinstance(state, _Attempt):
-            name = "stopped" if state == "over" else state
-            if newest and name in ("queued", "hold") and since_last_sign == "stopped":
-                name = "stopped"
-            total[name] += end - start
-            if name == "hold":
-                charge(before or "unknown", end - start)
-            continue
-        live = newest and state.outcome is None
-        tail = None
-        if state.superseded or (live and state.cancelled):
-            tail = "stopped"
-        elif live:
-            tail = since_last_sign or state.phase
-        shares = state.shares(start, end, tail)
+    for start, end, state, shares, live in _pieces(marks, since_last_sign):
         for name, value in shares.items():
             total[name] += value
+        if not isinstance(state, _Attempt):
+            charge(before or "unknown", shares.get("hold", 0))
+            continue
         held += end - start - shares["stopped"]
         charged = "restarted" if state.restarted else before
         charge(charged or "first_startup", shares["startup"])

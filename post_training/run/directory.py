@@ -7,7 +7,7 @@
       checkpoints/.attempt-N/     where an attempt writes them, until they are whole
       inference_checkpoints/step-N/
       model/                      the output, manifest last
-      logs/                       metrics.jsonl, TensorBoard, stacks of a hang
+      logs/                       metrics.jsonl, environment.jsonl, data.json, TensorBoard, stacks of a hang
       slurm/                      job.sh, slurm-<jobid>.out/.err (appended), failure_count, stop_request,
                                   newest_attempt, progress.json (live figures), error-N (why attempt N failed)
       ledger.jsonl                attempts and events
@@ -150,6 +150,11 @@ class RunDirectory:
     def data_report(self) -> Path:
         """What became of the records: how many of each data set are trained on, and why others are not."""
         return self.logs / "data.json"
+
+    @property
+    def environment(self) -> Path:
+        """What each attempt ran on (run.environment): packages, machine, commit."""
+        return self.logs / "environment.jsonl"
 
     def stacks(self, attempt: int, rank: int | str) -> Path:
         """Where a rank that hangs writes the stacks of its threads."""

@@ -9,7 +9,7 @@
 
 How an attempt ended, its outcome, is told from exit codes, the ledger and what SLURM said to the script:
 
-    finished        the output is whole
+    finished        the output is whole; of an evaluation whose gate does not hold with that as its reason
     stopped         saved and left before its wall time, or because a user asked
     preempted       SLURM gave its nodes to another job, and requeues it
     node_lost       a node died or failed its health check; SLURM requeues the job
@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from post_training.run import ledger, manifest, progress
+from post_training.run import gate, ledger, manifest, progress
 from post_training.run.directory import Fenced, RunDirectory, write_atomic
 from post_training.run.history import FAILED, History, summarise
 
@@ -52,6 +52,8 @@ REQUEUE = 75
 """Exit code of a local job script that wants to be started again (EX_TEMPFAIL of sysexits.h)."""
 DONE = 3
 """Exit code of `begin` where the run is finished already: there is nothing to do."""
+GATED = 88
+"""Exit code of an eval's job script, and of `begin`, where the output is whole and the gate does not hold."""
 BUSY = 4
 """Exit code of `begin` where another job has the run, as far as the ledger knows; prints that job's id."""
 AVOID = 5
@@ -211,8 +213,8 @@ class Begun:
     """What `begin` found: the number of the new attempt, or why there is none."""
 
     attempt: int | None = None
-    code: int = 0  # DONE, BUSY or AVOID
-    says: str = ""  # another job's id, or the nodes to avoid
+    code: int = 0  # DONE, GATED, BUSY or AVOID
+    says: str = ""  # why the gate does not hold, another job's id, or the nodes to avoid
 
 
 def begin(
@@ -226,7 +228,11 @@ def begin(
     output, the run has given up, or an attempt of it runs on another cluster.
     """
     if manifest.problem(run.model) is None:
-        return Begun(code=DONE)
+        # finished before, as when SLURM requeues a job that ended within its preemption grace
+        if (why := held_back(run)) is None:
+            return Begun(code=DONE)
+        cancel_dependents(run, f"gate of {run.name}: {why}")
+        return Begun(code=GATED, says=f"gate: {why}")
     config = run.read_config()
     with run.exclusive():
         history = summarise(ledger.read(run.ledger))
@@ -255,9 +261,19 @@ def begin(
         return Begun(attempt)
 
 
+def held_back(run: RunDirectory) -> str | None:
+    """Why the gate that a whole run was submitted with does not hold; None where it holds, or there is none."""
+    try:
+        config = run.read_config()
+    except FileNotFoundError:
+        return None
+    return gate.failure(run, config.get("gate"))
+
+
 def _input_problem(config: dict[str, Any]) -> str | None:
     for name, source in config["inputs"].items():
-        folder = Path(source["path"]) if source and source.get("run_dir") else None
+        needed = source and source.get("run_dir") and not source.get("derived")  # an eval can do without that one
+        folder = Path(source["path"]) if needed else None
         if folder is not None and (why := manifest.problem(folder)):
             return f"inputs.{name}={folder}: not a complete output ({why})"
     return None
@@ -324,6 +340,9 @@ def end(
         )  # fmt: skip
         outcome, reason = classify(seen)
         ending = decide(outcome, reason, code, word, signal, history, _limits(config))
+    if ending.outcome == "finished" and (why := gate.failure(run, config.get("gate"))) is not None:
+        cancel_dependents(run, f"gate of {run.name}: {why}")
+        ending = Ending("finished", "exit", GATED, f"gate: {why}")
     if ending.gave_up or ending.outcome == "cancelled":
         cancel_dependents(run, f"upstream {run.name} {'failed' if ending.gave_up else 'was cancelled'}"
                           + (f": {ending.reason}" if ending.reason else ""))  # fmt: skip
@@ -483,6 +502,8 @@ def main(argv: list[str] | None = None) -> int:
             )
             if begun.code == DONE:
                 print(f"{run.root} is finished: nothing to do", file=sys.stderr)
+            elif begun.code == GATED:
+                print(f"{run.root} is finished; {begun.says}", file=sys.stderr)
             else:
                 print(begun.attempt if begun.attempt is not None else begun.says)
             return begun.code

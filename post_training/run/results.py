@@ -77,6 +77,7 @@ METRICS: dict[str, Metric] = {
     "distinct_2": Metric("dist-2", "{:.3f}", 0, "different pairs of tokens in all answers, of all pairs"),
     "length": Metric("tokens", "{:.1f}", 0, "tokens of an answer"),
     "truncated": Metric("cut", "{:.2f}", -1, "share of answers that ended at eval.max_new_tokens"),
+    "thought": Metric("thinks", "{:.2f}", 0, "share of answers with a thought that is not empty"),
     "steps": Metric("steps", "{:.1f}", 0, "steps of reasoning in an answer"),
     "steps_right": Metric("right", "{:.2f}", 1, "share of steps with an equation whose equations hold"),
     "margin": Metric("margin", "{:.2f}", 1, "reward of the chosen answer minus that of the other"),
@@ -85,6 +86,7 @@ METRICS: dict[str, Metric] = {
     "mean_reward": Metric("mean r", "{:.2f}", 0, "mean reward of all held-out answers"),
     "judge": Metric("judge", "{:.2f}", 1, "mean score by the judge, 1 to 10"),
     "judge_win_rate": _share("wins", "questions on which the judge prefers the answer to the reference's"),
+    "judge_unread": Metric("unread", "{:.0f}", -1, "verdicts of the judge that could not be read, and were left out"),
 }
 """Every figure that an evaluation of ours can find; beside these `pass@<k>`, and `<task>/<metric>` of a benchmark."""
 

@@ -46,7 +46,7 @@ class Stage:
         return self.run.root.parent.parent
 
 
-NOT_IN_SCHEMA = ("version", "name", "identity", "inputs", "pipeline")
+NOT_IN_SCHEMA = ("version", "name", "identity", "inputs", "pipeline", "gate")
 """Keys of a frozen config that say what the run is, beside the Config that it was made from."""
 
 

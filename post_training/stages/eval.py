@@ -1,341 +1,117 @@
 """eval: the held-out judgement of one model, in seconds, offline.
 
-A policy is asked the held-out problems greedily and judged by the same parser as the rewards; a reward model is
-judged on held-out pairs. What a data set cannot ask is left out of the results, not guessed.
+A policy is asked the held-out problems and judged by the same parser as the rewards; a reward model is judged on
+held-out pairs. What a data set cannot ask is left out of the results, not guessed. All that is asked goes through
+evaluation.work: an attempt that is stopped, or dies, loses the batch it was at.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
-import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import TYPE_CHECKING
 
-import torch
-
-from conf.schema import Eval, Reward
 from post_training import data
-from post_training.attempt import StopFlag, Watchdog
+from post_training.attempt import Watchdog
 from post_training.data.source import DataError
-from post_training.rewards.steps import step_figures
-from post_training.rewards.verify import has_format, is_correct
+from post_training.evaluation import figures, scoring
+from post_training.evaluation.journal import Journal
+from post_training.evaluation.models import config_of, first, loaded, require_positions, require_template
+from post_training.evaluation.outside import Outside
+from post_training.evaluation.policy import Policy, Samples
+from post_training.evaluation.work import Asked, Told, Work, make_pulse
 from post_training.run import ledger, life, results
 from post_training.run.directory import RunDirectory, write_atomic
 from post_training.run.progress import Progress
 from post_training.run.results import Figure, Results
-from post_training.stages.common import Stage, finish, load_causal_lm, load_reward_model, open_stage
+from post_training.stages.common import Stage, finish, load_reward_model, open_stage
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """Interval of a proportion (Wilson 1927): for z=1.96, 95 %.
-
-    centre = (p + z^2/2n) / (1 + z^2/n), half width = z sqrt(p(1-p)/n + z^2/4n^2) / (1 + z^2/n)
-    """
-    p, z2 = successes / trials, z * z
-    centre = (p + z2 / (2 * trials)) / (1 + z2 / trials)
-    half = z * math.sqrt(p * (1 - p) / trials + z2 / (4 * trials**2)) / (1 + z2 / trials)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def calibration(margins: Sequence[float], bins: int = 10) -> dict[str, float]:
-    """How well sigmoid(margin), a Bradley-Terry model's probability that the chosen answer is the better one, is met.
-
-    margins: reward(chosen) - reward(rejected), [pairs]. `brier`: mean of (1 - sigmoid(margin))^2 (Brier 1950).
-    `calibration_error`: expected calibration error (Guo 2017), the mean over pairs of |accuracy - confidence| of the
-    pair's bin. Confidence is sigmoid(|margin|), that of the answer which the model prefers, in equal bins of 0.5 to 1;
-    a margin of 0 is half right.
-    """
-    confident = [_sigmoid(abs(m)) for m in margins]
-    right = [0.5 if m == 0 else float(m > 0) for m in margins]
-    gaps = [0.0] * bins
-    for confidence, ok in zip(confident, right, strict=True):
-        gaps[min(int((confidence - 0.5) * 2 * bins), bins - 1)] += ok - confidence
-    return {
-        "brier": _mean([(1 - _sigmoid(m)) ** 2 for m in margins]),
-        "calibration_error": sum(map(abs, gaps)) / len(margins),
-    }
-
-
-def _sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
-
-
-def repetition(ids: Sequence[int], n: int = 4) -> float:
-    """Share of a text's n-grams that occurred in it before: 0 where none repeats."""
-    grams = Counter(tuple(ids[i : i + n]) for i in range(len(ids) - n + 1))
-    total = sum(grams.values())
-    return 1 - len(grams) / total if total else 0.0
-
-
-class Asked(Exception):
-    """The attempt is to leave: an evaluation has nothing to save, and starts again."""
-
-
-def make_pulse(run: RunDirectory, attempt: int, progress: Progress, watchdog: Watchdog) -> Callable[..., None]:
-    """What to call before each forward pass: alive, and ready to leave, by Asked, in the middle of a long answer."""
-    stop_flag = StopFlag()
-    looked = 0.0
-
-    def pulse(*_: object) -> None:
-        nonlocal looked
-        watchdog.beat()
-        progress.write()
-        if stop_flag.is_set or (time.monotonic() - looked > 1 and run.stop_requested(attempt)):
-            raise Asked
-        looked = max(looked, time.monotonic() - 1)
-
-    return pulse
+    from transformers import PretrainedConfig
 
 
 def evaluate(run: RunDirectory, attempt: int, progress: Progress, watchdog: Watchdog) -> int:
     """Judge the run's input model and write its output: results.json and samples.jsonl. Returns the exit code."""
     pulse = make_pulse(run, attempt, progress, watchdog)
+    path = (run.read_config()["inputs"]["model"] or {}).get("path")
+    if path is None:
+        raise DataError("inputs.model=null: eval needs a model\n  fix: inputs.model=<a model>")
+    config = config_of(path)
     stage = open_stage(run)
-    assert stage.model_path is not None
-    with run.writing_as(attempt):
-        ledger.append(run.ledger, "training_started", attempt=attempt, step=0)
+    told = Told(run, attempt, progress)
+    work = Work(Journal(run, attempt), pulse, told)
     progress.enter("evaluation")
-    config = json.loads((Path(stage.model_path) / "config.json").read_text()) if Path(stage.model_path).is_dir() else {}
-    is_reward_model = any("SequenceClassification" in a for a in config.get("architectures") or [])
+    is_reward_model = any("SequenceClassification" in a for a in config.architectures or [])
+    outside = None if is_reward_model else Outside(stage.cfg)
     try:
-        found, samples = (judge_reward_model if is_reward_model else judge_policy)(stage, pulse)
+        if outside is None:
+            found, samples = judge_reward_model(stage, config, work)
+        else:
+            found, samples = judge_policy(stage, config, work, outside)
     except Asked:
+        told.say()
         with run.writing_as(attempt):
-            ledger.append(run.ledger, "stopped", attempt=attempt, step=0)
+            ledger.append(run.ledger, "stopped", attempt=attempt, step=told.done)
         return life.STOPPED
+    told.say()
     progress.enter("saving")
-    partial = run.model.with_name(f"model.partial-{attempt}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    results.write(partial, found)
-    write_atomic(partial / "samples.jsonl", "".join(json.dumps(s) + "\n" for s in samples))
+    folder = run.model.with_name(f"model.partial-{attempt}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    results.write(folder, found)
+    write_atomic(folder / "samples.jsonl", "".join(json.dumps(s) + "\n" for s in samples))
+    if outside is not None:
+        outside.write(folder)
     with run.writing_as(attempt):
-        finish(run, partial)
+        finish(run, folder)
     progress.enter("saving")
     return 0
 
 
-def judge_reward_model(
-    stage: Stage, pulse: Callable[..., None] | None = None
-) -> tuple[Results, list[dict[str, Any]]]:
-    """Held-out preference accuracy, margin, mean reward and calibration of a reward model.
-
-    pulse: called before each forward pass.
-    """
-    cfg, tokenizer = stage.cfg, stage.tokenizer
-    assert stage.model_path is not None
-    model = _ready(load_reward_model(cfg, stage.model_path, tokenizer), pulse)
-    pairs = data.load(cfg.data).preferences("held_out")
-    pairs = pairs.select(range(min(len(pairs), cfg.eval.num_problems)))
-    scores: dict[str, list[float]] = {}
-    for side in ("chosen", "rejected"):
-        texts = [tokenizer.apply_chat_template(r["prompt"] + r[side], tokenize=False) for r in pairs]
-        scores[side] = _reward_scores(model, tokenizer, texts, cfg.eval.batch_size, cfg.training.max_length)
-    margins = [c - r for c, r in zip(scores["chosen"], scores["rejected"], strict=True)]
-    wins = sum(m > 0 for m in margins)
-    low, high = wilson_interval(wins, len(margins))
-    others = {
-        "margin": sum(margins) / len(margins),
-        "mean_reward": _mean(scores["chosen"] + scores["rejected"]),
-        **calibration(margins),
+def judge_reward_model(stage: Stage, config: PretrainedConfig, work: Work) -> tuple[Results, Samples]:
+    """Held-out preference accuracy, margin, mean reward and calibration of a reward model."""
+    cfg, tokenizer, path = stage.cfg, stage.tokenizer, stage.model_path
+    assert path is not None
+    require_template(stage)
+    longest = cfg.training.max_length
+    require_positions(config, "training.max_length", longest, longest, "training.max_length=<positions>")
+    pairs = first(data.load(cfg.data).preferences("held_out"), cfg.eval.num_problems)
+    said = [r["prompt"] + r[side] for side in ("chosen", "rejected") for r in pairs]
+    texts = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in said]
+    model = cache(lambda: loaded(load_reward_model, stage, path, work.pulse))
+    scored = work.add(
+        "rewards", texts, cfg.eval.batch_size, lambda _, batch: scoring.rewards(model(), tokenizer, batch, longest),
+        length=len,
+    )  # fmt: skip
+    work.run()
+    scores: list[float] = scored.found
+    chosen, rejected = scores[: len(pairs)], scores[len(pairs) :]
+    margins = [c - r for c, r in zip(chosen, rejected, strict=True)]
+    found = {
+        "preference_accuracy": figures.share([m > 0 for m in margins]),
+        "margin": figures.average(margins),
+        "mean_reward": figures.average(scores),
+        **{name: Figure(value, count=len(margins)) for name, value in figures.calibration(margins).items()},
     }
-    figures = {"preference_accuracy": Figure(wins / len(margins), low, high, len(margins))}
-    figures |= {name: Figure(value) for name, value in others.items()}
-    return Results("preference_accuracy", figures), []
-
-
-@torch.no_grad()
-def _reward_scores(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], batch_size: int, max_length: int
-) -> list[float]:
-    scores: list[float] = []
-    for chunk in _chunks(texts, batch_size):
-        batch = tokenizer(
-            chunk, add_special_tokens=False, padding=True, truncation=True, max_length=max_length, return_tensors="pt"
-        )
-        scores += model(**batch.to(model.device)).logits[:, 0].float().tolist()
-    return scores
-
-
-def _ready(model: PreTrainedModel, pulse: Callable[..., None] | None) -> PreTrainedModel:
-    if pulse is not None:
-        model.register_forward_pre_hook(pulse)
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    settings = {"data": cfg.data.name, "seed": cfg.seed}
+    return Results("preference_accuracy", found, settings, work.seconds), []
 
 
 def judge_policy(
-    stage: Stage, pulse: Callable[..., None] | None = None
-) -> tuple[Results, list[dict[str, Any]]]:
-    """Greedy accuracy, form, repetition and length on held-out problems; perplexity of held-out text and answers.
-
-    pulse: called before each forward pass.
-    """
-    cfg, tokenizer = stage.cfg, stage.tokenizer
-    assert stage.model_path is not None
-    model = _ready(load_causal_lm(cfg, stage.model_path, tokenizer), pulse)
-    source = data.load(cfg.data)
-    limit = cfg.eval.num_problems
-    figures: dict[str, Figure] = {}
-    samples: list[dict[str, Any]] = []
-    started = time.monotonic()
-
-    try:
-        problems = source.problems("held_out")
-    except DataError:
-        problems = None
-    if problems is not None:
-        problems = problems.select(range(min(len(problems), limit)))
-        asked, how = problems["prompt"], cfg.eval
-        if how.backend == "vllm":
-            answers = answers_by_vllm(model, tokenizer, asked, how, pulse)
-        else:
-            answers = greedy_answers(model, tokenizer, asked, how.max_new_tokens, how.batch_size)
-        right = [is_correct(text, a) for (text, _), a in zip(answers, problems["answer"], strict=True)]
-        form = [has_format(text) for text, _ in answers]
-        weights = Reward()
-        low, high = wilson_interval(sum(right), len(right))
-        figures["accuracy"] = Figure(sum(right) / len(right), low, high, len(right))
-        others = {
-            "format": sum(form) / len(form),
-            "reward": _mean([weights.correct * r + weights.format * f for r, f in zip(right, form, strict=True)]),
-            "repetition": _mean([repetition(ids) for _, ids in answers]),
-            "length": _mean([float(len(ids)) for _, ids in answers]),
-            **step_figures([text for text, _ in answers]),
-        }
-        figures |= {name: Figure(value) for name, value in others.items() if value is not None}
-        samples = [
-            {"prompt": p[-1]["content"], "answer": a, "completion": text, "correct": ok}
-            for p, a, (text, _), ok in zip(problems["prompt"], problems["answer"], answers, right, strict=True)
-        ]
-
-    for name, rows in (("perplexity_text", _documents), ("perplexity_answers", _demonstrations)):
-        try:
-            tokens = rows(source, tokenizer, limit, cfg.training.max_length)
-        except DataError:
-            continue
-        figures[name] = Figure(perplexity(model, tokens, cfg.eval.batch_size, tokenizer.pad_token_id))
-    headline = "accuracy" if "accuracy" in figures else None
-    return Results(headline, figures, seconds=round(time.monotonic() - started, 1)), samples
-
-
-@torch.no_grad()
-def greedy_answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Any],
-    max_new_tokens: int,
-    batch_size: int,
-) -> list[tuple[str, list[int]]]:
-    """Greedy completions, as text and as token ids up to the end of the turn, in the prompts' order.
-
-    Prompts of a batch are padded on the left; sorting them by length keeps the padding small.
-    """
-    tokenizer.padding_side = "left"
-    texts = [tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p in prompts]
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    found: dict[int, tuple[str, list[int]]] = {}
-    for chunk in _chunks(order, batch_size):
-        batch = tokenizer([texts[i] for i in chunk], add_special_tokens=False, padding=True, return_tensors="pt")
-        out = model.generate(
-            **batch.to(model.device),
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        for i, ids in zip(chunk, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-            if tokenizer.eos_token_id in ids:
-                ids = ids[: ids.index(tokenizer.eos_token_id)]
-            found[i] = (tokenizer.decode(ids, skip_special_tokens=True), ids)
-    return [found[i] for i in range(len(texts))]
-
-
-def answers_by_vllm(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Any],
-    how: Eval,
-    pulse: Callable[..., None] | None = None,
-) -> list[tuple[str, list[int]]]:
-    """As `greedy_answers`, by vLLM, which is given the model's weights. It batches as its memory allows.
-
-    pulse: called before each of its steps.
-    """
-    from post_training.vllm_engine import Engine, write_config
-
-    texts = [tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p in prompts]
-    asked = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    settings = {
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "gpu_memory_utilization": how.gpu_memory_utilization,
-        "max_model_len": max(map(len, asked)) + how.max_new_tokens,
-        "max_num_seqs": how.batch_size,
-    }
-    with tempfile.TemporaryDirectory(prefix="engine-") as folder:
-        write_config(model, Path(folder))
-        engine = Engine(folder, settings)
-    engine.load((name, value.detach()) for name, value in model.named_parameters())
-    if pulse is not None:
-        engine.before_each_step(pulse)
-    eos = tokenizer.eos_token_id
-    sampling = {"temperature": 0.0, "max_tokens": how.max_new_tokens, "stop_token_ids": [eos]}
-    found, _ = engine.generate(asked, sampling, seed=0)
-    whole = [ids[: ids.index(eos)] if eos in ids else ids for ids in found]
-    return [(tokenizer.decode(ids, skip_special_tokens=True), ids) for ids in whole]
-
-
-@torch.no_grad()
-def perplexity(
-    model: PreTrainedModel, rows: list[tuple[list[int], list[int]]], batch_size: int, pad_token_id: int
-) -> float:
-    """exp of the mean negative log-likelihood of the tokens whose mask is 1, over all rows together.
-
-    rows: (token ids, mask) of one length each; the first token of a row is never predicted.
-    """
-    total, count = 0.0, 0
-    for chunk in _chunks(rows, max(1, batch_size // 4)):
-        width = max(len(ids) for ids, _ in chunk)
-        ids = torch.tensor([r + [pad_token_id] * (width - len(r)) for r, _ in chunk], device=model.device)
-        keep = torch.tensor([m + [0] * (width - len(m)) for _, m in chunk], device=model.device)
-        attention = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r, _ in chunk], device=model.device)
-        logits = model(input_ids=ids, attention_mask=attention).logits[:, :-1].float()
-        nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        kept = keep[:, 1:].flatten()
-        total += float((nll * kept).sum())
-        count += int(kept.sum())
-    return math.exp(min(total / max(count, 1), 50.0))
-
-
-def _documents(
-    source: data.Source, tokenizer: PreTrainedTokenizerBase, limit: int, width: int
-) -> list[tuple[list[int], list[int]]]:
-    texts = source.documents("held_out")["text"][:limit]
-    rows = [(tokenizer(t, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id])[:width] for t in texts]
-    return [(ids, [1] * len(ids)) for ids in rows]
-
-
-def _demonstrations(
-    source: data.Source, tokenizer: PreTrainedTokenizerBase, limit: int, width: int
-) -> list[tuple[list[int], list[int]]]:
-    rows = []
-    for messages in source.demonstrations("held_out")["messages"][:limit]:
-        marked = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-        rows.append((list(marked["input_ids"])[:width], list(marked["assistant_masks"])[:width]))
-    return rows
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _chunks(items: Sequence[Any], size: int) -> Iterator[Any]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+    stage: Stage, config: PretrainedConfig, work: Work, outside: Outside
+) -> tuple[Results, Samples]:
+    """All that the data can ask a policy (answers, likelihoods, its distance from its start model), then `outside`."""
+    policy = Policy(stage, config, work)
+    policy.plan()
+    if not work.parts and not outside.asks:
+        raise policy.nothing()
+    work.run()
+    found, started = policy.figures(), time.monotonic()
+    theirs: dict[str, Figure] = {}
+    if outside.asks:
+        theirs = outside.ask(policy.model(), stage.tokenizer, work.journal, work.pulse, policy.answer)
+    headline = next((name for name in ("accuracy", "instructions", *theirs) if name in found | theirs), None)
+    seconds = round(work.seconds + time.monotonic() - started, 1)
+    return Results(headline, found | theirs, policy.settings, seconds), policy.samples()

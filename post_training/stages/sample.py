@@ -21,12 +21,12 @@ from conf.schema import Sample
 from post_training import data
 from post_training.attempt import Watchdog
 from post_training.data.source import DataError, assistant
+from post_training.evaluation.work import Asked, make_pulse
 from post_training.rewards.verify import reward_functions
 from post_training.run import ledger, life
 from post_training.run.directory import RunDirectory, write_atomic
 from post_training.run.progress import Progress
 from post_training.stages.common import Stage, finish, load_causal_lm, open_stage
-from post_training.stages.eval import Asked, make_pulse
 
 if TYPE_CHECKING:
     from datasets import Dataset
