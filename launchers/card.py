@@ -100,8 +100,8 @@ class Cleaner:
             given |= {str(v) for k, v in env.items() if _SECRET_NAME.search(str(k)) or len(str(v)) >= 16}
         # a short one ("1", "true") is no secret, and is in every text
         self.secrets = sorted((v for v in given if len(v) >= 8 and not v.startswith("/")), key=len, reverse=True)
-        places = {str(Path.home()), str(Path.cwd()), *(_part(c, "paths").get("output_base", "") for c in configs)}
-        self.places = sorted((p for p in places if isinstance(p, str) and len(p) > 1), key=len, reverse=True)
+        places = {str(Path.home()), str(Path.cwd()), *(str(_part(c, "paths").get("output_base")) for c in configs)}
+        self.places = sorted((p for p in places if p.startswith("/") and len(p) > 1), key=len, reverse=True)
 
     def text(self, text: str) -> str:
         for secret in self.secrets:
@@ -292,8 +292,10 @@ def evaluations(members: list[Member]) -> tuple[dict[str, Evaluation], list[str]
         good, judges = [], {}
         for look in looks:
             judged = by_root.get(look.inputs().get("model", ""))
-            if look.config.get("stage") != "eval" or judged is None:
+            if look.config.get("stage") != "eval":
                 good.append(look)
+            elif judged is None:
+                continue  # of a stage that is no ancestor
             elif (problem := _problem_of(look, judged)) is not None:
                 left_out.append(f"{look.name}: {problem}")
             else:
@@ -421,10 +423,8 @@ def data_of(member: Member) -> list[tuple[str, str | None, bool]]:
         return []
     if source := member.inputs.get("data"):
         return [(f"records of {Path(source).name}", None, False)]
-    data = _part(member.config, "data")
-    parts = [part for part in data.get("datasets") or [] if isinstance(part, dict)] or [data]
     found = []
-    for part in parts:
+    for part in _parts(_part(member.config, "data")):
         name, path = str(part.get("name")), part.get("path")
         known = KNOWN.get(name)
         if isinstance(path, str):
@@ -432,6 +432,12 @@ def data_of(member: Member) -> list[tuple[str, str | None, bool]]:
         else:
             found.append((name, known.hub_id if known else None, known is not None))
     return found
+
+
+def _parts(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """The data sets of a frozen config's data section: those of a mix, or the one."""
+    given = data.get("datasets")
+    return [part for part in given if isinstance(part, dict)] if isinstance(given, list) and given else [data]
 
 
 def rows_of(member: Member) -> str:
@@ -603,8 +609,7 @@ def _judged_on(own: Evaluation | None) -> str:
     """The data set of an evaluation, and how many problems."""
     if own is None:
         return ""
-    parts = [p for p in _part(own.config, "data").get("datasets") or [] if isinstance(p, dict)]
-    parts = parts or [_part(own.config, "data")]
+    parts = _parts(_part(own.config, "data"))
     count = own.results.score.count if own.results.score else None
     names = ", ".join(str(p.get("name")) for p in parts)
     return f"{count} held-out problems of {names}" if count else f"held-out records of {names}"
@@ -612,8 +617,8 @@ def _judged_on(own: Evaluation | None) -> str:
 
 def _is_published(data: dict[str, Any]) -> bool:
     """Whether records are a publisher's own or generated, so that a card may show some of them."""
-    parts = [p for p in data.get("datasets") or [] if isinstance(p, dict)] or [data]
-    known = all(p.get("name") in KNOWN and p.get("name") not in ("custom", "text") for p in parts)
+    parts = _parts(data)
+    known = all(str(p.get("name")) in KNOWN and p.get("name") not in ("custom", "text") for p in parts)
     return known and not any(p.get("path") for p in parts) and not data.get("eval_path")
 
 

@@ -628,6 +628,16 @@ def test_an_evaluation_of_results_that_no_code_reads(folder: Path, capsys: pytes
         assert "eval_dpo: its output cannot be read (" in card_of(folder, capsys)
 
 
+def test_damage_elsewhere_in_the_pipeline_is_no_hindrance(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = card_of(folder, capsys)
+    other = make_run(folder, "grpo", model=folder / "sft" / "model")
+    output(other, a_model())
+    judging = judge(folder, other, accuracy(0.1, 0.0, 0.2), [])
+    shutil.rmtree(judging.model)
+    output(judging, {"results.json": "no json", "samples.jsonl": ""})
+    assert card_of(folder, capsys) == before
+
+
 def test_an_evaluation_of_a_run_that_was_here_before(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     link(RunDirectory(folder / "dpo"), identity="another")
     text = card_of(folder, capsys)
