@@ -172,6 +172,13 @@ def test_without_a_start_model_or_with_another_vocabulary_nothing_is_compared(
     assert not {"kl_start", "implicit_accuracy"} & set(results.read(alone).figures)
 
 
+def test_a_start_model_that_was_removed_does_not_keep_an_evaluation_from_starting(tmp_path: Path) -> None:
+    gone = {"path": str(tmp_path / "gone"), "run_dir": str(tmp_path)}
+    assert life._input_problem({"inputs": {"model": None, "reference": {**gone, "derived": True}}}) is None
+    why = life._input_problem({"inputs": {"model": None, "reference": gone}})
+    assert why is not None and "inputs.reference" in why
+
+
 def test_forgetting_is_measured_on_the_base_stages_text(folder: Path, models: tuple[Path, Path]) -> None:
     texts = write(folder / "texts.jsonl", [{"text": f"line {i} of a text"} for i in range(40)])
     found = []
