@@ -336,13 +336,10 @@ def interval(name: str, figure: Figure | None) -> str:
 
 
 def against(ours: Figure | None, theirs: Figure | None, scale: float) -> str:
-    """A change as the table shows it; ~ where the intervals overlap."""
+    """A change as the table shows it, marked as compare marks it."""
     if ours is None or theirs is None:
         return ""
-    change = f"{scale * (ours.value - theirs.value):+.1f}"
-    if ours.low is None or ours.high is None or theirs.low is None or theirs.high is None:
-        return change
-    return change if ours.low > theirs.high or ours.high < theirs.low else f"{change} ~"
+    return f"{scale * (ours.value - theirs.value):+.1f} {compare.mark(compare.outside(ours, theirs))}".rstrip()
 
 
 def worth_table(

@@ -542,7 +542,7 @@ def test_the_card_says_what_is_known(folder: Path, capsys: pytest.CaptureFixture
     assert worth == [
         ["stage", "accuracy", "form", "vs parent"],
         ["sft", "25.0 % (20.0 to 30.0)", "0.50", ""],
-        ["dpo", "50.0 % (45.0 to 55.0)", "0.90", "+25.0"],
+        ["dpo", "50.0 % (45.0 to 55.0)", "0.90", "+25.0 *"],
     ]
     assert [row[0] for row in made] == ["stage", "base", "sft", "dpo"]
     assert made[2] == ["sft", "supervised fine-tuning", "base", "custom: mine.jsonl", "40", "12,345"]
