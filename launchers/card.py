@@ -279,6 +279,7 @@ class Evaluation:
     results: Results
     samples: list[dict[str, Any]]
     config: dict[str, Any]  # the eval stage's
+    asked: str = ""  # what it was asked, as compare says it: only what was asked the same is compared
 
 
 def evaluations(members: list[Member]) -> tuple[dict[str, Evaluation], list[str]]:
@@ -304,7 +305,7 @@ def evaluations(members: list[Member]) -> tuple[dict[str, Evaluation], list[str]
         for one in compare.judged_stages(good):
             member = by_model.get(status.real(one.model))
             if member is not None and member.key in judges:
-                found[member.key] = Evaluation(member, one.results, one.samples, judges[member.key])
+                found[member.key] = Evaluation(member, one.results, one.samples, judges[member.key], one.asked)
     return found, left_out
 
 
@@ -335,13 +336,10 @@ def interval(name: str, figure: Figure | None) -> str:
 
 
 def against(ours: Figure | None, theirs: Figure | None, scale: float) -> str:
-    """A change as the table shows it; ~ where the intervals overlap."""
+    """A change as the table shows it, marked as compare marks it."""
     if ours is None or theirs is None:
         return ""
-    change = f"{scale * (ours.value - theirs.value):+.1f}"
-    if ours.low is None or ours.high is None or theirs.low is None or theirs.high is None:
-        return change
-    return change if ours.low > theirs.high or ours.high < theirs.low else f"{change} ~"
+    return f"{scale * (ours.value - theirs.value):+.1f} {compare.mark(compare.outside(ours, theirs))}".rstrip()
 
 
 def worth_table(
@@ -364,7 +362,7 @@ def worth_table(
         figures, head = e.results.figures, e.results.headline
         parent = found.get(e.member.inputs.get("model", ""))
         delta = ""
-        if head is not None and parent is not None and parent.results.headline == head:
+        if head is not None and parent is not None and (parent.results.headline, parent.asked) == (head, e.asked):
             delta = against(figures.get(head), parent.results.figures.get(head), results.metric(head).scale)
         rows.append([e.member.name, *(interval(n, figures.get(n)) for n in names), delta])
     return rows

@@ -542,7 +542,7 @@ def test_the_card_says_what_is_known(folder: Path, capsys: pytest.CaptureFixture
     assert worth == [
         ["stage", "accuracy", "form", "vs parent"],
         ["sft", "25.0 % (20.0 to 30.0)", "0.50", ""],
-        ["dpo", "50.0 % (45.0 to 55.0)", "0.90", "+25.0"],
+        ["dpo", "50.0 % (45.0 to 55.0)", "0.90", "+25.0 *"],
     ]
     assert [row[0] for row in made] == ["stage", "base", "sft", "dpo"]
     assert made[2] == ["sft", "supervised fine-tuning", "base", "custom: mine.jsonl", "40", "12,345"]
@@ -568,6 +568,8 @@ def test_changes_within_the_intervals_are_marked(folder: Path, capsys: pytest.Ca
     shutil.rmtree(folder / "eval_dpo")
     judge(folder, RunDirectory(folder / "dpo"), accuracy(0.28, 0.22, 0.33), SAMPLES)
     assert "+3.0 &#126; |" in card_of(folder, capsys)
+    link(RunDirectory(folder / "eval_dpo"), data__name="gsm8k")
+    assert "+3.0" not in card_of(folder, capsys), "other problems were asked"
 
 
 def test_private_records_are_not_quoted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -585,7 +587,7 @@ def test_a_reward_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert shown.data.pipeline_tag == "text-classification"
     assert "AutoModelForSequenceClassification" in shown.text
     worth = tables(shown.text)[0]
-    assert worth[-1] == ["rm", "-", "80.0 % (70.0 to 90.0)", "-", ""], "no change where the scores are of two kinds"
+    assert worth[-1] == ["rm", "-", "80.0 % (70.0 to 90.0)", ""], "no change where the scores are of two kinds"
 
 
 def test_benchmarks_have_a_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
