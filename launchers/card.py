@@ -21,7 +21,7 @@ import yaml
 
 from conf.datasets import KNOWN
 from conf.schema import Config
-from launchers import compare, status, table
+from launchers import status, table, worth
 from launchers.preflight import HUB_ID
 from post_training.run import accounting, manifest, results
 from post_training.run.directory import RunDirectory
@@ -302,7 +302,7 @@ def evaluations(members: list[Member]) -> tuple[dict[str, Evaluation], list[str]
             else:
                 good.append(look)
                 judges[judged.key] = look.config
-        for one in compare.judged_stages(good):
+        for one in worth.judged_stages(good):
             member = by_model.get(status.real(one.model))
             if member is not None and member.key in judges:
                 found[member.key] = Evaluation(member, one.results, one.samples, judges[member.key], one.asked)
@@ -339,7 +339,7 @@ def against(ours: Figure | None, theirs: Figure | None, scale: float) -> str:
     """A change as the table shows it, marked as compare marks it."""
     if ours is None or theirs is None:
         return ""
-    return f"{scale * (ours.value - theirs.value):+.1f} {compare.mark(compare.outside(ours, theirs))}".rstrip()
+    return f"{scale * (ours.value - theirs.value):+.1f} {worth.mark(worth.outside(ours, theirs))}".rstrip()
 
 
 def worth_table(

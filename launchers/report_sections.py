@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from conf.datasets import KNOWN
 from conf.schema import UNTRAINED, Config
-from launchers import charts, compare, status, table
+from launchers import charts, status, table, worth
 from launchers.status import Look, real
 from post_training.run import accounting, environment, results
 from post_training.run.accounting import Span
@@ -28,7 +28,7 @@ from post_training.run.results import Figure
 from post_training.run.secrets import without_secrets
 
 if TYPE_CHECKING:
-    from launchers.compare import Judged
+    from launchers.worth import Judged
 
 NUM_PROMPTS = 6
 LONGEST_ANSWER = 1200
@@ -102,9 +102,9 @@ def read_pipeline(folder: Path, now: float) -> Pipeline:
     techniques |= {look.name: look.config["stage"] for look in looks if isinstance(look.config.get("stage"), str)}
     for look in looks:
         problems += [f"{look.name}: {why}" for why in (look.config_problem, look.story.problem) if why]
-    judged, damaged = compare.judged_and_damaged(looks)
+    judged, damaged = worth.judged_and_damaged(looks)
     problems += [one.line() for one in damaged]
-    scores = compare.rows_of([compare.Pipeline(folder, judged)])
+    scores = worth.rows_of([worth.Pipeline(folder, judged)])
     return Pipeline(folder.name, now, looks, rows, techniques, judged, scores, problems)
 
 
@@ -218,7 +218,7 @@ def verdict(pipeline: Pipeline) -> dict[str, Any]:
         if change is not None and change["outside"] and results.metric(row["headline"]).better * change["value"] < 0:
             difference = points(row["headline"], change["value"])
             said["worse"].append(f"{row['row']} ({difference} against {change['against']})")
-        if judged is not compare.best(pipeline.judged):
+        if judged is not worth.best(pipeline.judged):
             continue
         name, score = row["headline"], figure_of(row["score"])
         gains = [(change["against"], change["value"], change["outside"])] if change is not None else []
@@ -226,7 +226,7 @@ def verdict(pipeline: Pipeline) -> dict[str, Any]:
             theirs = first.results.score
             if theirs is not None and first.results.headline == name and first.asked == judged.asked:
                 if first.stage not in [against for against, _, _ in gains]:
-                    gains.append((first.stage, score.value - theirs.value, compare.outside(score, theirs)))
+                    gains.append((first.stage, score.value - theirs.value, worth.outside(score, theirs)))
                 break
         said["best"] = {
             "stage": row["row"], "score": results.shown(name, score), "interval": interval(name, score),
@@ -644,7 +644,7 @@ def answers(pipeline: Pipeline) -> dict[str, Any] | None:
     common = [key for key in first if all(key in there for _, there in keyed.values())]
     aligned = [replace(judged, samples=[there[key] for key in common]) for judged, there in keyed.values()]
     problems = []
-    for i in compare.telling(aligned, NUM_PROMPTS):
+    for i in worth.telling(aligned, NUM_PROMPTS):
         problems.append({
             "prompt": _shortened(aligned[0].samples[i]["prompt"]), "answer": aligned[0].samples[i].get("answer"),
             "cards": [

@@ -25,9 +25,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from launchers import compare
-from launchers.compare import Cell, Column, Sheet, best, forgotten, outside
+from launchers import compare, worth
+from launchers.compare import Cell, Column, Sheet
 from launchers.status import looks_of
+from launchers.worth import best, forgotten, outside
 from post_training.run import ledger, manifest, results
 from post_training.run.directory import RunDirectory
 from post_training.run.results import Figure, Results
@@ -132,11 +133,11 @@ def test_outside_the_error_bars_is_where_intervals_do_not_overlap(
     ours: Figure, theirs: Figure, expected: bool | None
 ) -> None:
     assert outside(ours, theirs) is expected
-    assert compare.mark(expected) == {True: "*", False: "~", None: ""}[expected]
+    assert worth.mark(expected) == {True: "*", False: "~", None: ""}[expected]
 
 
 def test_a_stage_is_compared_with_the_nearest_judged_one_that_it_comes_from(made: Made) -> None:
-    rows = {row["stage"]: row for row in compare.rows_of([compare.read_pipeline(made.folder)])}
+    rows = {row["stage"]: row for row in worth.rows_of([worth.read_pipeline(made.folder)])}
     assert list(rows) == ["base", "sft", "grpo", "rm"]
     changes = {name: row["score"]["change"] for name, row in rows.items()}
     assert changes["base"] is None and changes["rm"] is None  # nothing before it; judged by something else
@@ -146,21 +147,21 @@ def test_a_stage_is_compared_with_the_nearest_judged_one_that_it_comes_from(made
     made.stage("merged", "sft", "merge")
     made.stage("late", "merged")
     made.judged("late", Results("accuracy", {"accuracy": share(0.7, 0.05)}))
-    late = compare.rows_of([compare.read_pipeline(made.folder)])[-1]
+    late = worth.rows_of([worth.read_pipeline(made.folder)])[-1]
     assert (late["stage"], late["parent"], late["score"]["change"]["against"]) == ("late", "merged", "sft")
-    assert "merged" not in {row["stage"] for row in compare.rows_of([compare.read_pipeline(made.folder)])}
+    assert "merged" not in {row["stage"] for row in worth.rows_of([worth.read_pipeline(made.folder)])}
 
 
 def test_other_problems_are_not_compared(made: Made) -> None:
     made.stage("other", "sft")
     figures = {"accuracy": share(0.9, 0.01), "perplexity_text": Figure(3.0)}
     made.judged("other", Results("accuracy", figures), data="gsm8k")
-    row = compare.rows_of([compare.read_pipeline(made.folder)])[-1]
+    row = worth.rows_of([worth.read_pipeline(made.folder)])[-1]
     assert row["stage"] == "other" and row["score"]["change"] is None and row["forgot"] is None
 
 
 def test_what_was_forgotten_is_counted_from_the_first_of_the_line(made: Made) -> None:
-    stages = compare.read_pipeline(made.folder).judged
+    stages = worth.read_pipeline(made.folder).judged
     lost = {stage.stage: forgotten(stage, stages) for stage in stages}
     assert lost["base"] is None and lost["rm"] is None
     assert lost["sft"] is not None and lost["grpo"] is not None
@@ -175,13 +176,13 @@ def test_losses_on_other_texts_are_not_counted(made: Made) -> None:
         made.stage(name, "sft")
         on_theirs = Results("accuracy", {"accuracy": share(0.9, 0.01), "perplexity_text": Figure(3.0)}, {"text": text})
         made.judged(name, on_theirs, data="gsm8k")
-    judged = compare.read_pipeline(made.folder).judged
+    judged = worth.read_pipeline(made.folder).judged
     stages = [replace(s, results=replace(s.results, settings={"text": "a"} | s.results.settings)) for s in judged]
     same, other = stages[-2:]
     assert other.stage == "other" and forgotten(other, stages) is None
     lost = forgotten(same, stages)
     assert lost is not None and lost["value"] == pytest.approx(math.log(3.0 / 2.0))
-    figures = {row["stage"]: row["figures"] for row in compare.rows_of([compare.Pipeline(made.folder, stages)])}
+    figures = {row["stage"]: row["figures"] for row in worth.rows_of([worth.Pipeline(made.folder, stages)])}
     assert figures["same"]["perplexity_text"]["change"]["value"] == pytest.approx(-1.0)
     assert figures["other"]["perplexity_text"]["change"] is figures["same"]["accuracy"]["change"] is None
 
@@ -191,7 +192,7 @@ def test_a_start_model_from_elsewhere_is_the_first_of_the_line(tmp_path: Path) -
     pipeline.stage("sft", "Qwen/Qwen3-0.6B")
     pipeline.judged("Qwen/Qwen3-0.6B", Results("accuracy", {"accuracy": share(0.2, 0.1)}), name="eval_base")
     pipeline.judged("sft", Results("accuracy", {"accuracy": share(0.6, 0.1)}))
-    base, sft = compare.rows_of([compare.read_pipeline(pipeline.folder)])
+    base, sft = worth.rows_of([worth.read_pipeline(pipeline.folder)])
     assert (base["stage"], base["model"], base["parent"]) == ("base", "Qwen/Qwen3-0.6B", None)
     assert sft["parent"] == "base" and sft["score"]["change"]["mark"] == "*"
 
@@ -200,7 +201,7 @@ def test_two_evaluations_of_one_stage(made: Made) -> None:
     """Other figures make one row; the same figures twice make two, each with its evaluation's name."""
     made.judged("sft", Results(None, {"arc/acc": Figure(0.4, 0.3, 0.5)}), name="bench_sft")
     made.judged("sft", Results("accuracy", {"accuracy": share(0.1, 0.05)}), name="hard_sft", data="gsm8k")
-    rows = compare.rows_of([compare.read_pipeline(made.folder)])
+    rows = worth.rows_of([worth.read_pipeline(made.folder)])
     assert [row["row"] for row in rows] == ["base", "sft (eval_sft, bench_sft)", "sft (hard_sft)", "grpo", "rm"]
     assert rows[1]["figures"].keys() == {"accuracy", "perplexity_text", "length", "arc/acc"}
     assert rows[1]["score"]["value"] == 0.5 and rows[2]["score"]["value"] == 0.1
@@ -208,17 +209,17 @@ def test_two_evaluations_of_one_stage(made: Made) -> None:
 
 
 def test_outputs_that_were_moved_are_still_one_pipeline(made: Made, tmp_path: Path) -> None:
-    before = compare.rows_of([compare.read_pipeline(made.folder)])
+    before = worth.rows_of([worth.read_pipeline(made.folder)])
     moved = tmp_path / "elsewhere" / "first"
     moved.parent.mkdir()
     made.folder.rename(moved)
-    after = compare.rows_of([compare.read_pipeline(moved)])
+    after = worth.rows_of([worth.read_pipeline(moved)])
     assert [row | {"model": ""} for row in after] == [row | {"model": ""} for row in before]
     assert after[1]["model"] == str(moved / "sft" / "model")
 
 
 def test_the_best_model_is_no_reward_model(made: Made) -> None:
-    stages = compare.read_pipeline(made.folder).judged
+    stages = worth.read_pipeline(made.folder).judged
     winner = best(stages)
     assert winner is not None and winner.stage == "grpo"
     assert best([s for s in stages if s.stage == "rm"]) is None
@@ -315,7 +316,7 @@ def test_cells_are_shown_to_the_letter(made: Made) -> None:
 )  # fmt: skip
 def test_a_table_is_folded_and_never_cut(columns: list[tuple[str, list[str]]], width: int) -> None:
     given = [
-        Column(compare._one_line(title), [Cell(compare._one_line(text), "*" if i else "") for text in cells])
+        Column(worth.one_line(title), [Cell(worth.one_line(text), "*" if i else "") for text in cells])
         for i, (title, cells) in enumerate(columns)
     ]
     tables = [[line.plain for line in table] for table in compare.terminal(Sheet("", given), width)]
@@ -329,7 +330,7 @@ def test_a_table_is_folded_and_never_cut(columns: list[tuple[str, list[str]]], w
 
 
 def test_samples_are_of_the_same_problems(made: Made) -> None:
-    lines = compare.sample_lines(compare.read_pipeline(made.folder).judged, 1, 60)
+    lines = compare.sample_lines(worth.read_pipeline(made.folder).judged, 1, 60)
     assert lines == ["1+1=?   (answer 2)", "  - base 2", "  + sft  2", "  + grpo 2"] or lines[0].startswith("2+2=?")
     assert all(len(line) <= 60 for line in lines)
 
@@ -382,7 +383,7 @@ def test_damage_is_said_with_its_fix_and_the_others_are_shown(
     status, printed, _ = run(capsys, f"paths.output_base={made.folder.parent}")
     assert status == 1
     with pytest.raises(ValueError, match="eval_sft: "):
-        compare.judged_stages(looks_of(made.folder))
+        worth.judged_stages(looks_of(made.folder))
     line = next(line for line in printed.splitlines() if line.startswith("not read: sft: eval_sft is damaged"))
     assert fix.format(model=folder) in line
     assert re.findall(r"^(\w+) +[0-9.]+ %", printed, re.M) == ["base", "grpo", "rm"]
@@ -511,7 +512,7 @@ def test_a_terminal_of_80_columns(made: Made) -> None:
 
 def test_the_commands_at_the_end(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(made.folder.parent)
-    pipeline = compare.read_pipeline(made.folder)
+    pipeline = worth.read_pipeline(made.folder)
     (_, chat), (_, report) = compare.commands([pipeline])
     words = shlex.split(chat)
     assert words[1:] == ["-m", "post_training.chat", "run=first/grpo", "--prompt", "1+1=?"]
@@ -520,7 +521,7 @@ def test_the_commands_at_the_end(made: Made, monkeypatch: pytest.MonkeyPatch) ->
     assert shlex.split(report)[1:] == ["-m", "launchers.report", "run_name=first", "paths.output_base=."]
     (made.folder.parent / "outputs").mkdir()
     made.folder.rename(made.folder.parent / "outputs" / "first")
-    (_, chat), (_, report) = compare.commands([compare.read_pipeline(Path("outputs/first"))])
+    (_, chat), (_, report) = compare.commands([worth.read_pipeline(Path("outputs/first"))])
     assert shlex.split(chat)[3] == "run=outputs/first/grpo"
     assert shlex.split(report)[3:] == ["run_name=first"]
 
