@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from conf.datasets import KNOWN
 from conf.schema import Config
 from launchers import status, table, worth
 from launchers.preflight import HUB_ID
-from post_training.run import accounting, manifest, results
+from post_training.run import accounting, environment, manifest, results
 from post_training.run.directory import RunDirectory
 from post_training.run.results import Figure, Results
 
@@ -589,7 +588,7 @@ def gather(
         "story": [_story(m) for m in members], "effort": effort(members),
         "data": _data_rows(members), "samples": _answers(own),
         "report": _sample_report(folder) if kind == "dataset" else [],
-        "identity": last.identity, "versions": _versions(folder),
+        "identity": last.identity, "versions": _versions(last),
         "config_file": CONFIG_FILE, "lineage_file": LINEAGE_FILE,
     }  # fmt: skip
 
@@ -670,18 +669,19 @@ def _sample_report(folder: Path) -> list[tuple[str, str]]:
     return [(word, f"{value:g}") for key, word in words.items() if (value := table.number(found.get(key))) is not None]
 
 
-def _versions(folder: Path) -> str:
-    """Versions of what trains, as installed where the card is made; transformers' own as the output says it."""
-    found = {}
-    for name in ("post-training", "torch", "transformers", "trl", "datasets"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    said = _read_json(folder / "config.json").get("transformers_version")
-    if isinstance(said, str):
-        found["transformers"] = said
-    return ", ".join(f"{name} {version}" for name, version in found.items())
+VERSIONS = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "deepspeed", "vllm")
+"""Packages that a card names."""
+
+
+def _versions(last: Member) -> str:
+    """What the output was made with, as its newest attempt wrote it down; where none did, that is said."""
+    lines = environment.read(last.run) if last.run is not None else []
+    packages = _part(lines[-1], "packages") if lines else {}
+    found = [f"{name} {packages[name]}" for name in VERSIONS if isinstance(packages.get(name), str)]
+    if not found:
+        return "not recorded"
+    python = lines[-1].get("python")
+    return ", ".join([*found, *([f"Python {python}"] if isinstance(python, str) else [])])
 
 
 def card_data(members: list[Member], own: Evaluation | None, kind: str, license: str | None, title: str) -> str:

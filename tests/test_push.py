@@ -564,6 +564,15 @@ def test_a_start_from_the_hub(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert shown.data.base_model is None and "going back to start (a local folder)" in shown.text
 
 
+def test_versions_are_those_that_the_run_wrote_down(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "## Versions\n\nnot recorded." in card_of(folder, capsys)
+    run = RunDirectory(folder / "dpo")
+    first, second = {"torch": "2.12.0"}, {"trl": "1|16", "torch": "2.13.0"}
+    lines = [json.dumps({"attempt": 1, "packages": first}), json.dumps({"attempt": 2, "packages": second})]
+    run.environment.write_text("\n".join(lines))
+    assert "## Versions\n\ntorch 2.13.0, trl 1&#124;16." in card_of(folder, capsys)
+
+
 def test_changes_within_the_intervals_are_marked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(folder / "eval_dpo")
     judge(folder, RunDirectory(folder / "dpo"), accuracy(0.28, 0.22, 0.33), SAMPLES)
