@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launchers.errors import LaunchError
-from launchers.status import find_pipelines, real
+from launchers.status import find_pipelines, real, which
 from launchers.worth import Judged, Pipeline, best, near, one_line, read_pipeline, rows_of, telling
 from post_training.run import results
 from post_training.run.results import Figure
@@ -470,18 +470,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
     parser.add_argument("--all", action="store_true", dest="every",
                         help=f"each pipeline's own table, also where there are more than {MANY}")  # fmt: skip
     given = parser.parse_intermixed_args(argv)
-    output_base, names = Path("outputs"), []
-    for setting in given.settings:
-        name, equals, value = setting.partition("=")
-        if name == "run_name" and value:
-            names.append(value)
-        elif name == "paths.output_base" and value:
-            output_base = Path(value)
-        else:
-            problem = "no value" if equals and not value else "not a setting of compare"
-            raise LaunchError(f"{setting}: {problem}", "run_name=NAME or paths.output_base=FOLDER")
-    split = [part for name in names for part in ([name] if (output_base / name).exists() else name.split(",")) if part]
-    return Arguments(output_base, split, given.form, given.every)
+    return Arguments(*which(given.settings, "compare"), given.form, given.every)
 
 
 def main(argv: list[str] | None = None) -> int:

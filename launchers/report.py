@@ -122,8 +122,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
     parser.add_argument("--output", metavar="FILE", type=Path, help=f"default: <output_base>/<run_name>/{NAME}")
     parser.add_argument("--json", action="store_true", help="what was written, as JSON")
     given = parser.parse_intermixed_args(argv)
-    rest = status.parse_arguments(given.settings)
-    return Arguments(rest.output_base, rest.names, given.output, given.json)
+    return Arguments(*status.which(given.settings, "report"), given.output, given.json)
 
 
 def write(folder: Path, output: Path, now: float) -> dict[str, Any]:

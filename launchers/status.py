@@ -766,18 +766,23 @@ def parse_arguments(argv: list[str]) -> Arguments:
     given = parser.parse_intermixed_args(argv)
     if given.watch is not None and not given.watch >= 0.1:
         raise LaunchError(f"--watch={given.watch:g}: too short", "at least 0.1 seconds")
+    return Arguments(*which(given.settings, "status"), given.watch, given.json)
+
+
+def which(settings: list[str], command: str) -> tuple[Path, list[str]]:
+    """Output base and pipelines' names from `key=value` settings. Raises LaunchError for another key."""
     output_base, names = Path("outputs"), []
-    for setting in given.settings:
+    for setting in settings:
         name, equals, value = setting.partition("=")
         if name == "run_name" and value:
             names.append(value)
         elif name == "paths.output_base" and value:
             output_base = Path(value)
         else:
-            problem = "no value" if equals and not value else "not a setting of status"
+            problem = "no value" if equals and not value else f"not a setting of {command}"
             raise LaunchError(f"{setting}: {problem}", "run_name=NAME or paths.output_base=FOLDER")
     split = [part for name in names for part in ([name] if (output_base / name).exists() else name.split(",")) if part]
-    return Arguments(output_base, split, given.watch, given.json)
+    return output_base, split
 
 
 def show(arguments: Arguments, width: int | None, color: bool) -> str:
