@@ -287,11 +287,12 @@ def evaluations(members: list[Member]) -> tuple[dict[str, Evaluation], list[str]
     left_out: list[str] = []
     by_model = {status.real(m.run.model): m for m in members if m.run is not None}
     by_root = {status.real(m.run.root): m for m in members if m.run is not None}
+    by_identity = {m.identity: m for m in members if m.run is not None and m.identity is not None}  # outputs that moved
     for folder in dict.fromkeys(m.run.root.parent for m in members if m.run is not None):
         looks = status.looks_of(folder)
         good, judges = [], {}
         for look in looks:
-            judged = by_root.get(look.inputs().get("model", ""))
+            judged = by_root.get(look.inputs().get("model", "")) or by_identity.get(_model_identity(look) or "")
             if look.config.get("stage") != "eval":
                 good.append(look)
             elif judged is None:
@@ -306,6 +307,11 @@ def evaluations(members: list[Member]) -> tuple[dict[str, Evaluation], list[str]
             if member is not None and member.key in judges:
                 found[member.key] = Evaluation(member, one.results, one.samples, judges[member.key], one.asked)
     return found, left_out
+
+
+def _model_identity(look: Look) -> str | None:
+    found = _part(_part(look.config, "inputs"), "model").get("identity")
+    return found if isinstance(found, str) else None
 
 
 def _problem_of(look: Look, judged: Member) -> str | None:

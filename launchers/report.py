@@ -122,6 +122,11 @@ def parse_arguments(argv: list[str]) -> Arguments:
     parser.add_argument("--output", metavar="FILE", type=Path, help=f"default: <output_base>/<run_name>/{NAME}")
     parser.add_argument("--json", action="store_true", help="what was written, as JSON")
     given = parser.parse_intermixed_args(argv)
+    if given.output is not None:
+        if given.output.is_dir():  # an empty text is the current folder
+            raise LaunchError(f"--output {given.output}: is a folder", f"--output {given.output / NAME}")
+        if not given.output.parent.is_dir():
+            raise LaunchError(f"--output {given.output}: there is no folder {given.output.parent}", "make it first")
     return Arguments(*status.which(given.settings, "report"), given.output, given.json)
 
 

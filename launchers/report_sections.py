@@ -83,11 +83,7 @@ class Pipeline:
 
 def read_pipeline(folder: Path, now: float) -> Pipeline:
     """Everything but logs and samples. Asks SLURM once, where runs are not done."""
-    there = status.looks_of(folder)
-    first: dict[str, Look] = {}
-    for look in there:
-        first.setdefault(look.name, look)
-    looks = list(first.values())
+    looks = status.looks_of(folder)
     rows = {row["stage"]: row for row in status.rows_of(looks, status.ask_slurm(looks), now)}
     techniques: dict[str, str] = {}
     problems = []
@@ -96,9 +92,6 @@ def read_pipeline(folder: Path, now: float) -> Pipeline:
         techniques = {str(name): str(node["stage"]) for name, node in stages.items()}
     except DAMAGE:
         problems.append("pipeline.json is missing or damaged: the graph is taken from the runs' own configs")
-    for look in there:
-        if look is not first[look.name]:  # a copied folder, whose pipeline.json names the runs that it was copied from
-            problems.append(f"{look.name}: {look.run.root} is a second run of this name and is left out")
     techniques |= {look.name: look.config["stage"] for look in looks if isinstance(look.config.get("stage"), str)}
     for look in looks:
         problems += [f"{look.name}: {why}" for why in (look.config_problem, look.story.problem) if why]

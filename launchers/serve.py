@@ -144,9 +144,11 @@ def of_stage(output_base: Path, run_name: str | None, stage: str) -> Served:
         folder.name: stages_in(folder) for folder in find_pipelines(output_base, [run_name] if run_name else [])
     }
     having = [name for name, stages in pipelines.items() if stage in stages]
+    # a stage that was never submitted (held back by a gate, say) is no choice where another pipeline has done it
+    having = [name for name in having if _technique(pipelines[name][stage]) is not None] or having
     if not having:
         where = f"the pipeline {run_name} has" if run_name else f"no pipeline in {output_base} has"
-        known = {name for stages in pipelines.values() for name in stages}
+        known = {name for stages in pipelines.values() for name, path in stages.items() if _answers(path)}
         fix = nearest(stage, known) if known else "python -m launchers.pipeline first, or inputs.model=<folder>"
         raise ConfigError("stage", stage, f"{where} no such stage" if run_name else f"{where} such a stage", fix)
     if len(having) > 1:
@@ -237,6 +239,9 @@ def select(tokens: Sequence[str], page: bool) -> Order:
     if cfg.slurm.num_nodes > 1:
         problem = "a server runs on one node"
         raise ConfigError("slurm.num_nodes", cfg.slurm.num_nodes, problem, "slurm.num_nodes=1, and serve.gpus=<more>")
+    if cfg.cluster.scheduler == "local" and cfg.serve.port is not None and _taken(cfg.serve.port):
+        problem = "a program on this machine has it already"
+        raise ConfigError("serve.port", cfg.serve.port, problem, "serve.port=null takes a free one")
     has_gpus = gpus_here() if cfg.cluster.scheduler == "local" else cfg.slurm.gpus_per_node > 0
     gpus = cfg.serve.gpus if has_gpus else 0
     engine = choose_engine(cfg, gpus)
@@ -247,6 +252,16 @@ def select(tokens: Sequence[str], page: bool) -> Order:
         cpus_per_gpu=cfg.slurm.cpus_per_gpu * max(1, gpus),
     )  # fmt: skip
     return Order(served, replace(cfg, slurm=asks), engine, output_base, page)
+
+
+def _taken(port: int) -> bool:
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+    return False
 
 
 def check_slurm(order: Order) -> None:

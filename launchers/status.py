@@ -24,7 +24,7 @@ from launchers import slurm, table
 from launchers.errors import LaunchError
 from launchers.local import owned
 from post_training.run import accounting, gate, ledger, manifest, results
-from post_training.run.directory import RunDirectory, load_yaml
+from post_training.run.directory import RunDirectory, is_there, load_yaml
 from post_training.run.history import History
 
 STATES = ("waiting", "queued", "running", "stopping", "requeued", "done", "gated", "failed", "cancelled", "unknown")
@@ -347,13 +347,17 @@ def find_pipelines(output_base: Path, names: list[str]) -> list[Path]:
         for name in names:
             if not (output_base / name).is_dir():
                 raise LaunchError(f"run_name={name}: not in {output_base}", _nearest(output_base / name))
+            if not os.access(output_base / name, os.R_OK | os.X_OK):
+                problem = f"run_name={name}: {output_base / name} cannot be read"
+                raise LaunchError(problem, "ask its owner, or another run_name")
         return [output_base / name for name in dict.fromkeys(names)]
-    found = [folder for folder in _list(output_base) if (folder / "pipeline.json").exists() or _runs_in(folder)]
-    return sorted(found, key=lambda folder: (folder / "pipeline.json").exists() and folder.stat().st_mtime)
+    # another user's folder that cannot be looked into is none of ours, and no error
+    found = [folder for folder in _list(output_base) if is_there(folder / "pipeline.json") or _runs_in(folder)]
+    return sorted(found, key=lambda folder: is_there(folder / "pipeline.json") and folder.stat().st_mtime)
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    return [path for path in _list(folder) if (path / "config.yaml").exists()]
+    return [path for path in _list(folder) if is_there(path / "config.yaml")]
 
 
 def _nearest(path: Path) -> str:
@@ -363,7 +367,7 @@ def _nearest(path: Path) -> str:
     parent = path.parent
     if not parent.is_dir():
         return f"give its path; there is no {parent} either"
-    there = [folder.name for folder in _list(parent)]
+    there = [folder.name for folder in _list(parent) if not folder.name.startswith(".")]
     close = difflib.get_close_matches(path.name, there, n=1, cutoff=0.5)
     if close:
         return f"did you mean '{close[0]}'?"
@@ -378,8 +382,8 @@ def looks_of(folder: Path) -> list[Look]:
         stages = json.loads((folder / "pipeline.json").read_text(encoding="utf-8"))["stages"]
         for name, node in stages.items():
             run_dir = Path(node["run_dir"])
-            if not run_dir.is_dir():
-                run_dir = folder / name  # not there yet, or the outputs were moved
+            if is_there(folder / name / "config.yaml") or not is_there(run_dir):
+                run_dir = folder / name  # not there yet, or the outputs were moved or copied
             after = tuple(str(parent) for parent in node.get("after") or ())
             held = node.get("gate")
             looks[name] = Look(

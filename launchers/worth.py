@@ -18,6 +18,7 @@ from typing import Any
 from launchers.status import Look, ask_slurm, looks_of, real
 from launchers.status import rows_of as states_of
 from post_training.run import results
+from post_training.run.directory import is_there
 from post_training.run.results import Figure, Results
 
 
@@ -142,11 +143,15 @@ def _start_models(looks: list[Look], elsewhere: dict[str, str]) -> dict[str, str
 
 
 def _maker(look: Look, looks: list[Look]) -> str | None:
-    """The stage that made a run's start model; found by its last two folders where outputs were moved."""
+    """The stage that made a run's start model; found by its last two folders where outputs were moved or copied."""
     folder = look.inputs().get("model", "")
     same = [other.name for other in looks if real(other.run.root) == folder]
-    moved = [other.name for other in looks if other.run.root.parts[-2:] == Path(folder).parts[-2:]]
-    return next(iter(same or ([] if Path(folder).exists() else moved)), None)
+    moved = [other for other in looks if other.run.root.parts[-2:] == Path(folder).parts[-2:]]
+    if not same and is_there(Path(folder)):  # then this is a copy, or the model is another pipeline's
+        source = look.section("inputs").get("model")
+        identity = source.get("identity") if isinstance(source, dict) else None
+        moved = [other for other in moved if identity in (None, other.config.get("identity"))]
+    return next(iter(same or [other.name for other in moved]), None)
 
 
 def _path(look: Look) -> str:

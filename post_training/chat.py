@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import errno
 import json
 import os
 import re
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from post_training.run import manifest
-from post_training.run.directory import RunDirectory, load_yaml
+from post_training.run.directory import RunDirectory, is_there, load_yaml
 from post_training.speaker import Answer, ChatError, Chosen, Sampling, Speaker
 
 NO_TEXT = {
@@ -65,13 +66,15 @@ def find(given: str, output_base: Path, run_name: str | None) -> Chosen:
     if given in pipelines:
         fix = f"run={given}/<one of {_listed(_stages(pipelines[given]))}>"
         raise ChatError(f"run={given}: a pipeline, not a stage", fix)
-    newest = [pipeline for pipeline in pipelines.values() if given in _stages(pipeline)]
+    having = [pipeline for pipeline in pipelines.values() if given in _stages(pipeline)]
+    # a stage that was never submitted (held back by a gate, say) makes no pipeline the newest that has it
+    newest = [pipeline for pipeline in having if is_there(_stages(pipeline)[given] / "config.yaml")] or having
     if newest:
         try:
             return _opened(_stages(newest[0])[given], f"{newest[0].name}/{given}")
         except ChatError as error:
             # an older one is not taken unasked: its model is another one
-            whole = [p.name for p in newest[1:] if manifest.problem(_stages(p)[given] / "model") is None]
+            whole = [p.name for p in newest[1:] if _opens(_stages(p)[given])]
             raise ChatError(error.problem, f"run={whole[0]}/{given}" if whole else error.fix) from None
     known = [*pipelines, *(stage for pipeline in pipelines.values() for stage in _stages(pipeline))]
     known += [f"{name}/{stage}" for name, pipeline in pipelines.items() for stage in _stages(pipeline)]
@@ -80,6 +83,14 @@ def find(given: str, output_base: Path, run_name: str | None) -> Chosen:
         fix = near or f"a folder, a hub id, or {_listed(known)}"
         raise ChatError(f"run={given}: no such run below {output_base}", fix)
     return Chosen(given, given)
+
+
+def _opens(run: Path) -> bool:
+    try:
+        _opened(run, run.name)
+    except ChatError:
+        return False
+    return True
 
 
 def _near(name: str, known: list[str]) -> str:
@@ -104,15 +115,16 @@ def _pipelines(output_base: Path) -> dict[str, Path]:
 
     def changed(folder: Path) -> float:
         described = folder / "pipeline.json"
-        return (described if described.exists() else folder).stat().st_mtime
+        return (described if is_there(described) else folder).stat().st_mtime
 
     folders = [output_base / name for name in _names(output_base) if not name.startswith(".")]
-    found = [folder for folder in folders if (folder / "pipeline.json").exists() or _runs_in(folder)]
+    # what another user keeps to himself is not there
+    found = [folder for folder in folders if is_there(folder / "pipeline.json") or _runs_in(folder)]
     return {folder.name: folder for folder in sorted(found, key=changed, reverse=True)}
 
 
 def _runs_in(folder: Path) -> list[str]:
-    return [name for name in _names(folder) if (folder / name / "config.yaml").exists()]
+    return [name for name in _names(folder) if is_there(folder / name / "config.yaml")]
 
 
 def _stages(pipeline: Path) -> dict[str, Path]:
@@ -504,8 +516,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         given, chosen, sampling = parse(sys.argv[1:] if argv is None else argv)
         prompt = given.prompt
-        if prompt == "-":
-            prompt = sys.stdin.read().rstrip("\n")
+        if prompt == "-" or (prompt is None and sys.stdin is None):
+            prompt = _read_all().rstrip("\n")
             if not prompt.strip():
                 raise ChatError("--prompt -: nothing on stdin", "echo 26+27=? | python -m post_training.chat ...")
         speakers = load(chosen, given.forced, given.system)
@@ -521,6 +533,24 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `chat ... | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO, errno.EBADF):
+            raise
+        print(f"error: stdout: {error.strerror}\n  fix: write the answer elsewhere", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still in its buffer
+        return 1
+
+
+def _read_all() -> str:
+    """What is on stdin; nothing where it is closed. Raises ChatError for what is no text."""
+    if sys.stdin is None:
+        return ""
+    text = sys.stdin.read()
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ChatError("--prompt -: stdin is no UTF-8 text", "iconv -t UTF-8 <file> | ...") from None
+    return text
 
 
 if __name__ == "__main__":

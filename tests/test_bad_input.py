@@ -18,6 +18,7 @@ from conf.check import ConfigError
 from launchers.selection import select
 from post_training import train
 from post_training.data.tokenizer import bytes_tokenizer
+from post_training.run import manifest
 from tests.in_process import here, own_cache, refused  # noqa: F401  (fixtures)
 from tests.records import write
 from tests.training import make_run
@@ -91,5 +92,6 @@ def test_a_tokenizer_without_an_end(
     about: dict[str, Any] = json.loads(file.read_text())
     del about["eos_token"]
     file.write_text(json.dumps(about))
+    manifest.write(folder)
     said = refused(capsys, make_run(tmp_path, stage, "training.max_steps=1", model=folder))
     assert f"{folder}: its tokenizer has no end-of-text token" in said and str(file) in said

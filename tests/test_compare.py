@@ -10,6 +10,7 @@ import os
 import pty
 import re
 import shlex
+import shutil
 import struct
 import subprocess
 import sys
@@ -216,6 +217,16 @@ def test_outputs_that_were_moved_are_still_one_pipeline(made: Made, tmp_path: Pa
     after = worth.rows_of([worth.read_pipeline(moved)])
     assert [row | {"model": ""} for row in after] == [row | {"model": ""} for row in before]
     assert after[1]["model"] == str(moved / "sft" / "model")
+
+
+def test_a_copy_is_read_from_its_own_folder(made: Made, tmp_path: Path) -> None:
+    """Its pipeline.json and configs name the runs that it was copied from, which are still there."""
+    before = worth.rows_of([worth.read_pipeline(made.folder)])
+    copy = tmp_path / "elsewhere" / "first"
+    shutil.copytree(made.folder, copy)
+    after = worth.rows_of([worth.read_pipeline(copy)])
+    assert [row | {"model": ""} for row in after] == [row | {"model": ""} for row in before]
+    assert all(row["model"].startswith(str(copy)) for row in after)
 
 
 def test_the_best_model_is_no_reward_model(made: Made) -> None:

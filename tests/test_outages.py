@@ -225,6 +225,10 @@ def test_a_controller_that_goes_away_half_way(cluster: Bench, devcluster: dc.Clu
     command = impatient(cluster, "pipeline", "pipeline=dpo")
     try:
         wait_for("two are submitted", (shims.here / "reached").exists, 60)
+        base = cluster.run("dpo", "base")
+        out = base.stdout(wait_for("the first has its job", lambda: job_of(base).job_id, 60))
+        # a step that is just being made would fail for want of the controller, and the run be started again
+        wait_for("the first works", lambda: out.exists() and "rank 0" in out.read_text(), 60)
         devcluster.stop_controller()
         (shims.here / "go").touch()
         done = ran(command)

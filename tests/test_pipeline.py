@@ -94,14 +94,14 @@ def test_the_best_model_answers(quickstart: tuple[Path, str]) -> None:
 
 def test_every_form_of_the_table_says_the_same(quickstart: tuple[Path, str]) -> None:
     base, _ = quickstart
-    where = f"paths.output_base={base}"
-    rows = json.loads(command("launchers.compare", where, "--json"))["stages"]
-    lines = list(csv.DictReader(io.StringIO(command("launchers.compare", where, "--csv"))))
+    where = (f"paths.output_base={base}", "run_name=quickstart")
+    rows = json.loads(command("launchers.compare", *where, "--json"))["stages"]
+    lines = list(csv.DictReader(io.StringIO(command("launchers.compare", *where, "--csv"))))
     assert [row["stage"] for row in rows] == [line["stage"] for line in lines] == list(TRAINED)
     assert [str(row["score"]["value"]) for row in rows] == [line["score"] for line in lines]
     forgot = {row["stage"]: row["forgot"]["value"] for row in rows if row["forgot"]}
     assert set(forgot) == {"sft", "ppo", "dpo", "grpo"} and all(lost > 1 for lost in forgot.values())
-    document = command("launchers.compare", where, "--markdown")
+    document = command("launchers.compare", *where, "--markdown")
     assert all(f"| {100 * row['score']['value']:.1f} %" in document for row in rows)
 
 

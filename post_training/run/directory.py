@@ -52,6 +52,11 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def is_there(path: Path) -> bool:
+    """Whether a path exists and can be reached: False, not an error, in a folder that only its owner may look into."""
+    return os.access(path, os.F_OK)
+
+
 def load_yaml(text: str) -> Any:
     """Parse YAML, through libyaml where it is there: ten times faster, and status reads many configs."""
     return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))

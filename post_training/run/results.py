@@ -123,16 +123,20 @@ def from_plain(found: dict[str, Any]) -> Results:
 
 
 def _numbers(figure: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(figure["value"], int | float) or isinstance(figure["value"], bool):
-        raise TypeError(f"{figure['value']!r} is no number")
-    return {key: figure.get(key) for key in ("value", "low", "high", "count")}
+    found = {key: figure.get(key) for key in ("value", "low", "high", "count")}
+    for key, value in found.items():
+        if value is None and key != "value":
+            continue
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            raise TypeError(f"{key}={value!r} is no finite number")
+    return found
 
 
 def _from_version_1(found: dict[str, Any]) -> Results:
     figures = {
         name: Figure(float(value))
         for name, value in found.items()
-        if name in METRICS and isinstance(value, int | float) and not isinstance(value, bool)
+        if name in METRICS and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     }
     headline = found.get("metric")
     if headline is not None and found.get("score") is not None:
