@@ -146,6 +146,8 @@ def of_stage(output_base: Path, run_name: str | None, stage: str) -> Served:
     having = [name for name, stages in pipelines.items() if stage in stages]
     # a stage that was never submitted (held back by a gate, say) is no choice where another pipeline has done it
     having = [name for name in having if _technique(pipelines[name][stage]) is not None] or having
+    # one run that several pipelines use is one
+    having = list({os.path.realpath(pipelines[name][stage]): name for name in reversed(having)}.values())[::-1]
     if not having:
         where = f"the pipeline {run_name} has" if run_name else f"no pipeline in {output_base} has"
         known = {name for stages in pipelines.values() for name, path in stages.items() if _answers(path)}

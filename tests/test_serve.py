@@ -147,6 +147,24 @@ def test_a_stages_model_is_found(base: Path) -> None:
     assert serve.of_stage(base, None, "grpo").model == str(base / "second" / "elsewhere" / "model")
 
 
+def test_a_stage_that_others_reuse_or_never_started_is_one(base: Path) -> None:
+    """A pipeline that took a finished run from another one, and one in which a gate held the stage back."""
+    for name, run_dir in (("third", base / "first" / "base"), ("held", base / "held" / "base")):
+        (base / name).mkdir()
+        described = {"stages": {"base": {"run_dir": str(run_dir), "stage": "base", "after": []}}}
+        (base / name / "pipeline.json").write_text(json.dumps(described))
+    assert serve.of_stage(base, None, "base").model == str(base / "first" / "base" / "model")
+
+
+def test_a_port_that_is_taken_is_known_before_anything_starts() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        assert serve._taken(port)
+    assert not serve._taken(port)
+
+
 @pytest.mark.parametrize(
     ("run_name", "stage", "said"),
     [
