@@ -468,7 +468,8 @@ def test_another_programs_answer_is_not_taken_for_the_servers(bench: Bench) -> N
         mine.bind(("127.0.0.1", 0))
         mine.listen()
         done = bench("stage=sft", "cluster=local", bench.stub, f"serve.port={mine.getsockname()[1]}")
-    assert done.returncode == 1 and "has it already" in done.stderr
+    assert done.returncode == 2 and "has it already" in done.stderr and "fix: serve.port=null" in done.stderr
+    assert [p for p in bench.base.glob(".serve/*") if p.is_dir()] == [folder]  # nothing was made for it
 
 
 @pytest.mark.parametrize(
