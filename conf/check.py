@@ -666,7 +666,7 @@ def _check_benchmarks(cfg: Config) -> None:
             raise ConfigError("eval.tasks", name, "is there twice", "name it once")
     # the Python that submits runs the jobs too, unless cluster.python says otherwise
     if cfg.cluster.python is None and importlib.util.find_spec("lm_eval") is None:
-        fix = "pip install 'post-training[lm-eval]', or eval.tasks=[]"
+        fix = "pip install '.[lm-eval]' in the project's folder, or eval.tasks=[]"
         raise ConfigError("eval.tasks", ",".join(how.tasks), "the package lm-eval is not installed", fix)
 
 
@@ -697,7 +697,7 @@ def _check_judge(cfg: Config) -> None:
         fix = f"leave it out, and export {key} in the shell that submits"
         raise ConfigError(f"slurm.env.{key}", "...", "a secret must not be in a frozen config", fix)
     if cfg.cluster.python is None and importlib.util.find_spec("openai") is None:
-        fix = "pip install 'post-training[judge]', or eval.judge.base_url=null"
+        fix = "pip install '.[judge]' in the project's folder, or eval.judge.base_url=null"
         raise ConfigError("eval.judge.base_url", judge.base_url, "the package openai is not installed", fix)
 
 

@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
         import gradio  # noqa: F401
         import openai  # noqa: F401
     except ImportError as error:
-        print(f"error: not installed: {error.name}\n  fix: pip install 'post-training[serve]'", file=sys.stderr)
+        print(f"error: not installed: {error.name}\n  fix: pip install '.[serve]' in the project's folder", file=sys.stderr)
         return 2
     try:
         page = build(args.url, args.model or first_model(args.url), args.raw)

@@ -211,7 +211,7 @@ def missing(cfg: Config, engine: str, page: bool) -> None:
     needed += ["fastapi", "uvicorn", "openai"] if engine == "transformers" else []
     absent = [name for name in dict.fromkeys(needed) if importlib.util.find_spec(name) is None]
     if absent and cfg.cluster.python is None:
-        raise LaunchError(f"not installed: {', '.join(absent)}", "pip install 'post-training[serve]'")
+        raise LaunchError(f"not installed: {', '.join(absent)}", "pip install '.[serve]' in the project's folder")
 
 
 def select(tokens: Sequence[str], page: bool) -> Order:

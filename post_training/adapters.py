@@ -42,7 +42,7 @@ def quantization(cfg: Config) -> dict[str, Any]:
     except ImportError as error:
         raise DataError(
             f"lora.quantize={cfg.lora.quantize}: bitsandbytes cannot be used here: {str(error).splitlines()[0]}\n"
-            "  fix: pip install 'post-training[qlora]', or lora.quantize=null"
+            "  fix: pip install '.[qlora]' in the project's folder, or lora.quantize=null"
         ) from error
     from accelerate import PartialState
     from transformers import BitsAndBytesConfig

@@ -135,7 +135,7 @@ def vllm_usable() -> Iterator[None]:
     except ImportError as error:
         raise DataError(
             f"backend=vllm: vLLM cannot be used here: {str(error).splitlines()[0]}\n"
-            "  fix: pip install 'post-training[vllm]', or backend=transformers"
+            "  fix: pip install '.[vllm]' in the project's folder, or backend=transformers"
         ) from error
 
 

@@ -194,4 +194,4 @@ def test_what_stands_in_the_way_is_said(capsys: pytest.CaptureFixture[str], monk
     assert "no answer" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert chat_page.main(["--url", "http://127.0.0.1:1/v1"]) == 2
-    assert "not installed: gradio\n  fix: pip install 'post-training[serve]'" in capsys.readouterr().err
+    assert "not installed: gradio\n  fix: pip install '.[serve]' in the project's folder" in capsys.readouterr().err

@@ -231,7 +231,7 @@ def test_a_job_without_vllm_says_so(
     assert train.run_attempt(run, 1) == UNUSABLE
     said = capsys.readouterr().err
     assert "vLLM cannot be used here: No module named 'vllm'" in said and "Traceback" not in said
-    assert "fix: pip install 'post-training[vllm]'" in said and not run.model.exists()
+    assert "fix: pip install '.[vllm]' in the project's folder" in said and not run.model.exists()
 
 
 def config(*overrides: str, stage: str = "grpo") -> Config:

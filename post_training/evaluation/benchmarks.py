@@ -49,7 +49,7 @@ def load(cfg: Config) -> Any:
     if importlib.util.find_spec("lm_eval") is None:
         raise DataError(
             "eval.tasks: the package lm-eval is not installed here\n"
-            "  fix: pip install 'post-training[lm-eval]', or eval.tasks=[]"
+            "  fix: pip install '.[lm-eval]' in the project's folder, or eval.tasks=[]"
         )
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap forks as many processes as the node has cores
     from lm_eval.tasks import TaskManager

@@ -203,7 +203,7 @@ def check(how: How) -> None:
     except ImportError:
         raise DataError(
             "eval.judge.base_url: the package openai is not installed here\n"
-            "  fix: pip install 'post-training[judge]', or eval.judge.base_url=null"
+            "  fix: pip install '.[judge]' in the project's folder, or eval.judge.base_url=null"
         ) from None
     with openai.OpenAI(**_client(how)) as client:
         try:
