@@ -130,7 +130,8 @@ def main(argv: list[str] | None = None) -> int:
         import gradio  # noqa: F401
         import openai  # noqa: F401
     except ImportError as error:
-        print(f"error: not installed: {error.name}\n  fix: pip install '.[serve]' in the project's folder", file=sys.stderr)
+        fix = "pip install '.[serve]' in the project's folder"
+        print(f"error: not installed: {error.name}\n  fix: {fix}", file=sys.stderr)
         return 2
     try:
         page = build(args.url, args.model or first_model(args.url), args.raw)
