@@ -305,7 +305,7 @@ def test_an_evaluation_with_benchmarks(tasks: Path, tmp_path: Path, here: None) 
 
 
 def test_a_job_without_lm_eval_says_so(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"not installed here\n  fix: pip install 'post-training\[lm-eval\]'"):
+    with pytest.raises(DataError, match=r"not installed here\n  fix: pip install '\.\[lm-eval\]'"):
         benchmarks.load(config(tmp_path))
 
 
@@ -424,6 +424,6 @@ def test_submission_without_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
         check_run(load_config(make_config("eval", "eval.tasks=[gsm8k]", *overrides)))
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"lm-eval is not installed\n  fix: pip install 'post-training\[lm-eval\]'"):
+    with pytest.raises(ConfigError, match=r"lm-eval is not installed\n  fix: pip install '\.\[lm-eval\]'"):
         check()
     check("cluster.python=/elsewhere/python")

@@ -213,7 +213,7 @@ def test_vllm_is_taken_where_there_are_gpus_and_it_is_installed(monkeypatch: pyt
     assert serve.choose_engine(Config(), gpus=0) == "transformers"
     assert serve.choose_engine(Config(serve=Serve(engine="vllm")), gpus=0) == "vllm"
     with pytest.raises(
-        LaunchError, match=r"not installed: gradio, openai\n  fix: pip install 'post-training\[serve\]'"
+        LaunchError, match=r"not installed: gradio, openai\n  fix: pip install '\.\[serve\]' in the project's folder"
     ):
         serve.missing(Config(), "vllm", page=True)
     with pytest.raises(LaunchError, match="not installed: fastapi, uvicorn, openai"):
