@@ -242,7 +242,7 @@ def test_a_controller_that_goes_away_half_way(cluster: Bench, devcluster: dc.Clu
         command.kill()
         command.wait()
         devcluster.start_controller()
-    devcluster.wait_nodes()
+    devcluster.wait_nodes(states=("idle", "mixed", "allocated"))
     shims.set()
     done = cluster("pipeline", "pipeline=dpo")
     assert done.returncode == 0, done.stdout + done.stderr
