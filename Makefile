@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m launchers.pipeline pipeline=quickstart cluster=local
 
-test: $(VENV)/.installed-dev $(VENV)/qlora $(VENV)/vllm packages lint types
+test: $(VENV)/.installed-dev $(VENV)/qlora $(VENV)/vllm $(VENV)/lm_eval packages lint types
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 	PYTHONPATH=$(VENV)/qlora $(BIN)/python -m pytest -m qlora tests/test_sft.py
 	PYTHONPATH=$(VENV)/vllm:$(VENV)/lm_eval $(BIN)/python -m pytest -m "vllm or lm_eval" tests/test_vllm.py tests/test_benchmarks.py

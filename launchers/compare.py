@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any
 
 from launchers.errors import LaunchError
 from launchers.status import find_pipelines, real, which
-from launchers.worth import Judged, Pipeline, best, near, one_line, read_pipeline, rows_of, telling
+from launchers.table import near
+from launchers.worth import Judged, Pipeline, best, one_line, read_pipeline, rows_of, telling
 from post_training.run import results
 from post_training.run.results import Figure
 

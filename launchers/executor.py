@@ -15,6 +15,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths,
 
 from launchers import slurm
 from launchers.errors import LaunchError, Unanswered
+from launchers.table import tail
 from post_training.run import ledger, manifest
 from post_training.run.directory import RunDirectory, write_atomic
 from post_training.run.history import summarise
@@ -120,10 +121,11 @@ class RunJob(submitit.SlurmJob):  # type: ignore[misc]
             return None
         history = summarise(ledger.read(self.run.ledger))
         state = self.state
+        said = "\n".join(tail(self.paths.stderr, 20)) or "(no error stream)"
         text = (
             f"Job {self.job_id} of {self.run.root} has no complete output ({problem}; state {state})"
             + (f": {history.reason}" if history.reason else "")
-            + f"\n{'-' * 40}\n{_tail(self.paths.stderr)}\n{'-' * 40}\n"
+            + f"\n{'-' * 40}\n{said}\n{'-' * 40}\n"
             + f"full logs: {self.paths.stderr} and {self.paths.stdout}"
         )
         failed = history.gave_up or state in ("FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL")
@@ -142,15 +144,6 @@ class RunJob(submitit.SlurmJob):  # type: ignore[misc]
         """
         model: Path = self.results()[0]
         return model
-
-
-def _tail(path: Path, lines: int = 20) -> str:
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - 16384))
-            return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
-    except OSError:
-        return "(no error stream)"
 
 
 def take(script: Path, folder: Path, name: str, conf: str | None) -> str:

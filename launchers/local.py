@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launchers.errors import gate_fix
-from launchers.table import read_history
+from launchers.table import read_history, tail
 from post_training.run import ledger, life, manifest
 from post_training.run.directory import RunDirectory
 from post_training.run.history import History
@@ -183,15 +183,6 @@ def _signal_group(pid: int, number: int) -> None:
         os.killpg(pid, number)
 
 
-def _tail(path: Path, lines: int = 15) -> list[str]:
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 16384))
-            return file.read().decode(errors="replace").splitlines()[-lines:]
-    except OSError:
-        return []
-
-
 def _same_command() -> str:
     """The command line of this process, as one types it."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
@@ -205,7 +196,7 @@ def _ending_text(code: int, job: _Job) -> str:
         return f"killed at the wall time of {job.spec.wall_time} s"
     if code < 0:
         return f"the job script was killed by {signal.Signals(-code).name}"
-    last = next((line.strip() for line in reversed(_tail(job.spec.run.stderr(job.job_id))) if line.strip()), "")
+    last = next((line.strip() for line in reversed(tail(job.spec.run.stderr(job.job_id))) if line.strip()), "")
     return f"the job script ended with status {code}" + (f": {last[:300]}" if last else "")
 
 
@@ -663,7 +654,7 @@ class _Supervisor:
         for job in failed:
             print(f"\n{job.name} failed: {job.reason}", file=sys.stderr)
             err = job.spec.run.stderr(job.job_id)
-            lines = _tail(err)
+            lines = tail(err)
             if lines:
                 print(f"  the end of {err}:", file=sys.stderr)
                 print("\n".join(f"    {line}" for line in lines), file=sys.stderr)

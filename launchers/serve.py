@@ -35,6 +35,7 @@ from conf.check import ConfigError, check_serve, nearest
 from conf.schema import UNTRAINED, Config
 from launchers import cli, slurm
 from launchers.errors import LaunchError, Unanswered
+from launchers.table import tail
 from post_training.run import manifest
 from post_training.run.directory import RunDirectory, write_atomic
 
@@ -603,17 +604,10 @@ def _base_hint(output_base: Path) -> str:
     return f" {shlex.quote(f'paths.output_base={output_base}')}"
 
 
-def _tail(path: Path, lines: int = 15) -> list[str]:
-    try:
-        return path.read_bytes()[-16384:].decode(errors="replace").splitlines()[-lines:]
-    except OSError:
-        return []
-
-
 def _report_end(folder: Path, server: Server, state: State) -> None:
     """Why a server ended that nobody stopped."""
     print(f"error: {server.name}: {state.text}", file=sys.stderr)
-    for line in _tail(folder / "server.err"):
+    for line in tail(folder / "server.err"):
         print(f"  {line}", file=sys.stderr)
     print(f"  all of it: {folder}/server.err and server.out", file=sys.stderr)
 
@@ -682,7 +676,7 @@ def _say_ready(order: Order, folder: Path, server: Server, endpoint: Endpoint, d
     text = shown(server, endpoint, is_here(endpoint.node), getpass.getuser(), socket.gethostname(), stop_with)
     print(text, flush=True)
     if server.page and endpoint.page_port is None:
-        print("warning: the chat page did not start:", *_tail(folder / "page.err", 5), sep="\n  ", file=sys.stderr)
+        print("warning: the chat page did not start:", *tail(folder / "page.err", 5), sep="\n  ", file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------- list and stop

@@ -23,6 +23,7 @@ from launchers.plan import PIPELINE_FILE, Plan, Planned, live_jobs, make_plan, o
 from launchers.preflight import check_cluster, check_leads
 from launchers.render import job_script
 from launchers.selection import Selection, select
+from launchers.table import near
 from post_training.run import environment, gate, ledger, life
 from post_training.run.directory import RunDirectory, fsync_path, write_atomic
 from post_training.run.history import History, summarise
@@ -340,7 +341,7 @@ def _show(plan: Plan) -> None:
         if planned.held_by is not None:
             what += "; its gate does not hold" if planned.gate_problem else f": gate of {planned.held_by}"
         after = [up for up in planned.after if up not in plan.stages or plan.stages[up].decision != "done"]
-        rows.append((planned.name, planned.job_id or "-", what, ", ".join(after) or "-", _near(planned.run.root)))
+        rows.append((planned.name, planned.job_id or "-", what, ", ".join(after) or "-", near(planned.run.root)))
     # plain text: one line a stage whatever the terminal's width, for eyes and for grep
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
@@ -363,15 +364,9 @@ def _tell_gates(plan: Plan) -> int:
     return status
 
 
-def _near(path: Path) -> str:
-    with contextlib.suppress(ValueError):
-        return str(path.relative_to(Path.cwd()))
-    return str(path)
-
-
 def _hint(plan: Plan) -> str:
     """What status needs to find this pipeline."""
-    base = _near(plan.output_base)
+    base = near(plan.output_base)
     return " ".join(
         [*([f"paths.output_base={shlex.quote(base)}"] if base != "outputs" else []), f"run_name={plan.name}"]
     )

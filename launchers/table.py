@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,3 +168,19 @@ def loss_or_reward(loss: float | None, reward: float | None) -> str:
     if reward is not None:
         return f"reward {figure(reward)}"
     return f"loss {figure(loss)}" if loss is not None else ""
+
+
+def tail(path: Path, lines: int = 15) -> list[str]:
+    """The last lines of a file; none where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 16384))
+            return file.read().decode(errors="replace").splitlines()[-lines:]
+    except OSError:
+        return []
+
+
+def near(path: Path | str) -> str:
+    """A path as it is shortest from the current folder, where it lies below it."""
+    absolute, here = Path(path).absolute(), Path.cwd()
+    return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else str(absolute)

@@ -17,6 +17,7 @@ from typing import Any
 
 from launchers.status import Look, ask_slurm, looks_of, real
 from launchers.status import rows_of as states_of
+from launchers.table import near
 from post_training.run import results
 from post_training.run.directory import is_there
 from post_training.run.results import Figure, Results
@@ -218,12 +219,6 @@ def mark(is_outside: bool | None) -> str:
     return "" if is_outside is None else "*" if is_outside else "~"
 
 
-def change(stage: Judged, stages: list[Judged]) -> tuple[float, bool] | None:
-    """Score minus the parent's, and whether it lies outside both 95 % intervals; None where they cannot be compared."""
-    found = _difference(stage, _parents(stage, stages), stage.results.headline)
-    return None if found is None or found["outside"] is None else (found["value"], found["outside"])
-
-
 def forgotten(stage: Judged, stages: list[Judged]) -> dict[str, Any] | None:
     """What a stage lost on the held-out text of the first judged stage of its line, in nats a token.
 
@@ -346,9 +341,3 @@ def telling(stages: list[Judged], count: int) -> list[int]:
 def one_line(text: str, width: int | None = 110) -> str:
     flat = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return flat if width is None or len(flat) <= width else f"{flat[: width - 3]}..."
-
-
-def near(path: Path | str) -> str:
-    """A path as it is shortest from the current folder, where it lies below it."""
-    absolute, here = Path(path).absolute(), Path.cwd()
-    return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else str(absolute)

@@ -17,6 +17,7 @@ from conf.schema import Config
 from launchers.plan import changes
 from post_training.data.source import DataError
 from post_training.evaluation import judge
+from post_training.evaluation.figures import average
 from post_training.evaluation.journal import Journal
 from post_training.evaluation.judge import Question
 from post_training.run.directory import RunDirectory
@@ -156,8 +157,8 @@ def test_what_the_judge_is_shown() -> None:
 def test_intervals_of_means() -> None:
     """By hand: mean 6, deviation sqrt(((4-6)^2 + 0 + (8-6)^2) / 2) = 2, half width 1.96 * 2 / sqrt(3)."""
     half = 1.96 * 2 / 3**0.5
-    assert judge.mean_interval([4, 6, 8]) == Figure(6, pytest.approx(6 - half), pytest.approx(6 + half), 3)  # type: ignore[arg-type]
-    assert judge.mean_interval([5]) == Figure(5, None, None, 1)
+    assert average([4, 6, 8]) == Figure(6, pytest.approx(6 - half), pytest.approx(6 + half), 3)  # type: ignore[arg-type]
+    assert average([5]) == Figure(5, None, None, 1)
 
 
 # ----------------------------------------------------------------------------------------------- the whole
@@ -185,8 +186,8 @@ def test_grades_and_wins(server: Server, tmp_path: Path, capsys: pytest.CaptureF
     judge.check(cfg.eval.judge)
     kept = journal(tmp_path / "run")
     figures, rows = judge.run(answers, cfg, kept, calm, calm)
-    assert figures["judge"] == judge.mean_interval([4, 9, 2, 10])
-    assert figures["judge_win_rate"] == judge.mean_interval([1, 0.5, 0.5, 0.5])
+    assert figures["judge"] == average([4, 9, 2, 10])
+    assert figures["judge_win_rate"] == average([1, 0.5, 0.5, 0.5])
     assert figures["judge_unread"] == Figure(3.0, count=15)
     assert [row["win"] for row in rows] == [1, 0.5, 0.5, None, 0.5] and rows[3]["rating"] is None
     assert rows[0]["completion"] == "answer to question one" and rows[0]["reference"] == "theirs to question one"

@@ -42,7 +42,8 @@ def test_version_1_is_read() -> None:
 
 @pytest.mark.parametrize(
     "damaged",
-    [{"version": 3}, {"version": 2}, {"version": 2, "figures": []}, {"version": 2, "figures": {"accuracy": 0.5}},
+    [{"version": 3}, {"version": 2}, {"metric": "accuracy", "score": float("nan")},
+     {"version": 2, "figures": []}, {"version": 2, "figures": {"accuracy": 0.5}},
      {"version": 2, "figures": {"accuracy": {"value": "much"}}}, {"version": 2, "figures": {"accuracy": {}}},
      {"version": 2, "figures": {"accuracy": {"value": float("nan")}}},
      {"version": 2, "figures": {"accuracy": {"value": 0.5, "low": float("-inf")}}}],

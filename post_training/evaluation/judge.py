@@ -28,6 +28,7 @@ from typing import Any
 from conf.schema import Config
 from conf.schema import Judge as How
 from post_training.data.source import DataError
+from post_training.evaluation.figures import average
 from post_training.evaluation.journal import Journal, key
 from post_training.run.results import Figure
 
@@ -120,15 +121,6 @@ def preference(text: str) -> float | None:
     """1.0 for [[A]], 0.0 for [[B]], 0.5 for a tie; None where there is no verdict, or several that differ."""
     verdicts = set(re.findall(r"\[\[([ABC])\]\]", text))
     return {"A": 1.0, "B": 0.0, "C": 0.5}[verdicts.pop()] if len(verdicts) == 1 else None
-
-
-def mean_interval(values: Sequence[float]) -> Figure:
-    """Mean with its 95 % interval, 1.96 s / sqrt(n), s the standard deviation with n - 1; of one value no interval."""
-    n, mean = len(values), math.fsum(values) / len(values)
-    if n < 2:
-        return Figure(mean, count=n)
-    half = 1.96 * math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
-    return Figure(mean, mean - half, mean + half, n)
 
 
 # --------------------------------------------------------------------------------------------- files
@@ -368,7 +360,7 @@ def figures(rows: Sequence[Row]) -> dict[str, Figure]:
                 "  fix: another judge: this one does not keep to the form that it is asked for"
             )
         if read:
-            found[name] = mean_interval(read)
+            found[name] = average(read)
     verdicts = [v for row in rows for v in (row["rating"], *(row["preferences"] if "win" in row else ()))]
     found["judge_unread"] = Figure(float(verdicts.count(None)), count=len(verdicts))
     return found

@@ -140,8 +140,8 @@ def _from_version_1(found: dict[str, Any]) -> Results:
     }
     headline = found.get("metric")
     if headline is not None and found.get("score") is not None:
-        keys = ("score", "score_low", "score_high", "count")
-        figures = {headline: Figure(*(found.get(key) for key in keys))} | figures  # type: ignore[arg-type]
+        keys = {"value": "score", "low": "score_low", "high": "score_high", "count": "count"}
+        figures = {headline: Figure(**_numbers({ours: found.get(theirs) for ours, theirs in keys.items()}))} | figures
     return Results(headline, figures, {}, found.get("seconds"))
 
 
