@@ -20,7 +20,7 @@ import yaml
 
 from conf.datasets import KNOWN
 from conf.schema import Config
-from launchers import status, table, worth
+from launchers import runs, status, table, worth
 from launchers.preflight import HUB_ID
 from post_training.run import accounting, environment, manifest, results
 from post_training.run.directory import RunDirectory
@@ -29,7 +29,7 @@ from post_training.run.results import Figure, Results
 if TYPE_CHECKING:
     import jinja2
 
-    from launchers.status import Look
+    from launchers.runs import Look
 
 LINEAGE_VERSION = 1
 CONFIG_FILE, LINEAGE_FILE, CARD_FILE = "training_config.yaml", "lineage.json", "README.md"
@@ -189,14 +189,14 @@ def lineage(look: Look) -> list[Member]:
             run_dir = _run_of(source)
             if run_dir is not None:
                 own = source.get("identity")
-                member.inputs[str(role)] = status.real(run_dir)
-                visit(status.real(run_dir), Path(run_dir), own if isinstance(own, str) else None)
+                member.inputs[str(role)] = runs.real(run_dir)
+                visit(runs.real(run_dir), Path(run_dir), own if isinstance(own, str) else None)
             elif isinstance(path := source.get("path"), str):
                 found = hub_id(path)
                 member.inputs[str(role)] = f"hub:{found}" if found else f"local:{Path(path).name}"
         members[key] = members.pop(key)  # behind those that it comes from
 
-    visit(status.real(look.run.root), look.run.root, None)
+    visit(runs.real(look.run.root), look.run.root, None)
     return list(members.values())
 
 
@@ -206,7 +206,7 @@ def _member(key: str, folder: Path, identity: str | None, own: Path) -> Member:
     beside = (own.parent / folder.name, own.parent.parent / folder.parent.name / folder.name)
     member.problem = "its folder is gone"
     for place in dict.fromkeys((folder, *beside)):
-        there = status.Look(place.parent.name, place.name, RunDirectory(place)).read()
+        there = runs.Look(place.parent.name, place.name, RunDirectory(place)).read()
         if there.config_problem:
             member.problem = there.config_problem
         if not there.config:
@@ -285,11 +285,11 @@ def evaluations(members: list[Member]) -> tuple[dict[str, Evaluation], list[str]
     """What is known of each member's worth, by key; and what is not shown, with the reason."""
     found: dict[str, Evaluation] = {}
     left_out: list[str] = []
-    by_model = {status.real(m.run.model): m for m in members if m.run is not None}
-    by_root = {status.real(m.run.root): m for m in members if m.run is not None}
+    by_model = {runs.real(m.run.model): m for m in members if m.run is not None}
+    by_root = {runs.real(m.run.root): m for m in members if m.run is not None}
     by_identity = {m.identity: m for m in members if m.run is not None and m.identity is not None}  # outputs that moved
     for folder in dict.fromkeys(m.run.root.parent for m in members if m.run is not None):
-        looks = status.looks_of(folder)
+        looks = runs.looks_of(folder)
         good, judges = [], {}
         for look in looks:
             judged = by_root.get(look.inputs().get("model", "")) or by_identity.get(_model_identity(look) or "")
@@ -303,7 +303,7 @@ def evaluations(members: list[Member]) -> tuple[dict[str, Evaluation], list[str]
                 good.append(look)
                 judges[judged.key] = look.config
         for one in worth.judged_stages(good):
-            member = by_model.get(status.real(one.model))
+            member = by_model.get(runs.real(one.model))
             if member is not None and member.key in judges:
                 found[member.key] = Evaluation(member, one.results, one.samples, judges[member.key], one.asked)
     return found, left_out

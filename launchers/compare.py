@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launchers.errors import LaunchError
-from launchers.status import find_pipelines, real, which
+from launchers.runs import find_pipelines, real, which
 from launchers.table import near
 from launchers.worth import Judged, Pipeline, best, one_line, read_pipeline, rows_of, telling
 from post_training.run import results

@@ -35,7 +35,7 @@ from post_training.run import ledger, life, manifest
 from post_training.run.directory import RunDirectory
 
 if TYPE_CHECKING:
-    from launchers.plan import Plan
+    from launchers.submission import Plan
 
 
 @contextlib.contextmanager

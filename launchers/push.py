@@ -25,7 +25,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launchers import card, status
+from launchers import card, runs
 from launchers.errors import LaunchError
 from launchers.preflight import HUB_ID
 from post_training.run import manifest
@@ -34,7 +34,7 @@ from post_training.run.directory import write_atomic
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-    from launchers.status import Look
+    from launchers.runs import Look
 
 SETTINGS = ("stage", "repo", "run_name", "paths.output_base", "step", "checkpoint", "license", "offline")
 NEVER = ("training_args.bin", "optimizer*", "scheduler*", "rng_state*", "trainer_state.json", "*.log", "events.out*",
@@ -168,8 +168,8 @@ def _is_true(value: str | None) -> bool:
 def find(arguments: Arguments) -> Look:
     """The run that is meant. Raises LaunchError where there is none, or several."""
     names = [arguments.run_name] if arguments.run_name else []
-    folders = status.find_pipelines(arguments.output_base, names)
-    looks = [look for folder in folders for look in status.looks_of(folder)]
+    folders = runs.find_pipelines(arguments.output_base, names)
+    looks = [look for folder in folders for look in runs.looks_of(folder)]
     found = [look for look in looks if look.name == arguments.stage and (look.config or look.config_problem)]
     if not found:
         import difflib
@@ -181,7 +181,7 @@ def find(arguments: Arguments) -> Look:
         known = any(look.name == arguments.stage for look in looks)
         problem = "was never started in" if known else "no such stage in"
         raise LaunchError(f"stage={card.flat(arguments.stage)}: {problem} {where}", fix if there else None)
-    if len({status.real(look.run.root) for look in found}) > 1:
+    if len({runs.real(look.run.root) for look in found}) > 1:
         several = ", ".join(f"run_name={look.pipeline}" for look in found)
         raise LaunchError(f"stage={arguments.stage}: is in several pipelines", f"say which one: {several}")
     look = found[0]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launchers import report_sections as sections
-from launchers import status, table
+from launchers import runs, states, table
 from launchers.errors import LaunchError
 from post_training.run.directory import write_atomic
 from post_training.run.secrets import masked
@@ -51,7 +51,7 @@ def gather(folder: Path, now: float) -> dict[str, Any]:
         "wall": table.duration(max(times) - min(times)) if times else None,
         "cluster": ", ".join(clusters),
         "states": [{"state": state, "count": counts[state]}
-                   for state in sorted(status.STATES, key="done".__ne__) if counts[state]],
+                   for state in sorted(states.STATES, key="done".__ne__) if counts[state]],
         "stages": len(pipeline.rows),
         "has_evals": any(pipeline.is_eval(look) for look in pipeline.looks),
         "reasons": [
@@ -127,7 +127,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
             raise LaunchError(f"--output {given.output}: is a folder", f"--output {given.output / NAME}")
         if not given.output.parent.is_dir():
             raise LaunchError(f"--output {given.output}: there is no folder {given.output.parent}", "make it first")
-    return Arguments(*status.which(given.settings, "report"), given.output, given.json)
+    return Arguments(*runs.which(given.settings, "report"), given.output, given.json)
 
 
 def write(folder: Path, output: Path, now: float) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def write(folder: Path, output: Path, now: float) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     try:
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-        folders = status.find_pipelines(arguments.output_base, arguments.names)
+        folders = runs.find_pipelines(arguments.output_base, arguments.names)
         if not folders:
             raise LaunchError(f"no pipelines in {arguments.output_base}", "submit one first: launchers.pipeline")
         if arguments.output is not None and len(folders) > 1:

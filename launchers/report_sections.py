@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from conf.datasets import KNOWN
 from conf.schema import UNTRAINED, Config
-from launchers import charts, status, table, worth
-from launchers.status import Look, real
+from launchers import charts, runs, status, table, worth
+from launchers.runs import Look, real
 from post_training.run import accounting, environment, results
 from post_training.run.accounting import Span
 from post_training.run.history import is_sound
@@ -83,8 +83,8 @@ class Pipeline:
 
 def read_pipeline(folder: Path, now: float) -> Pipeline:
     """Everything but logs and samples. Asks SLURM once, where runs are not done."""
-    looks = status.looks_of(folder)
-    rows = {row["stage"]: row for row in status.rows_of(looks, status.ask_slurm(looks), now)}
+    looks = runs.looks_of(folder)
+    rows = {row["stage"]: row for row in runs.rows_of(looks, runs.ask_slurm(looks), now)}
     techniques: dict[str, str] = {}
     problems = []
     try:
@@ -363,7 +363,7 @@ def timeline(pipeline: Pipeline) -> dict[str, Any] | None:
     """When each run did what; None where none was submitted."""
     told = {}
     for look in pipeline.looks:
-        spans = [s for s in status.spans(look, pipeline.rows[look.name]["state"], pipeline.now) if s.end > s.start]
+        spans = [s for s in runs.spans(look, pipeline.rows[look.name]["state"], pipeline.now) if s.end > s.start]
         if spans:
             told[look.name] = spans
     if not told:

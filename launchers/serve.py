@@ -130,7 +130,7 @@ def of_path(given: str) -> Served:
 
 def stages_in(folder: Path) -> dict[str, Path]:
     """Run directories of a pipeline, by stage: those that its pipeline.json names, and what else is in its folder."""
-    from launchers.plan import read_description
+    from launchers.submission import read_description
 
     named = {name: Path(entry["run_dir"]) for name, entry in read_description(folder).items()}
     there = {path.parent.name: path.parent for path in sorted(folder.glob("*/config.yaml"))}
@@ -139,7 +139,7 @@ def stages_in(folder: Path) -> dict[str, Path]:
 
 def of_stage(output_base: Path, run_name: str | None, stage: str) -> Served:
     """A stage's complete output. Without run_name: of the one pipeline that has such a stage. Raises ConfigError."""
-    from launchers.status import find_pipelines
+    from launchers.runs import find_pipelines
 
     pipelines = {
         folder.name: stages_in(folder) for folder in find_pipelines(output_base, [run_name] if run_name else [])
@@ -397,7 +397,7 @@ class State:
 
 def judge(server: Server, job: slurm.JobRecord | slurm.Unknown | None, runs: bool, answers: bool) -> State:
     """A server's state from what SLURM says of its job, or from whether its local script runs. Pure."""
-    from launchers.status import pending_reason
+    from launchers.states import pending_reason
 
     if server.scheduler == "local":
         if not runs:

@@ -19,10 +19,10 @@ import yaml
 from conf.check import ConfigError, gpus_per_node, parse_wall_time, split_function
 from launchers import cli, slurm
 from launchers.errors import LaunchError, Unanswered, gate_fix
-from launchers.plan import PIPELINE_FILE, Plan, Planned, live_jobs, make_plan, own_files
 from launchers.preflight import check_cluster, check_leads
 from launchers.render import job_script
 from launchers.selection import Selection, select
+from launchers.submission import PIPELINE_FILE, Plan, Planned, live_jobs, make_plan, own_files
 from launchers.table import near
 from post_training.run import environment, gate, ledger, life
 from post_training.run.directory import RunDirectory, fsync_path, write_atomic

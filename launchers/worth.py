@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from launchers.status import Look, ask_slurm, looks_of, real
-from launchers.status import rows_of as states_of
+from launchers.runs import Look, ask_slurm, looks_of, real
+from launchers.runs import rows_of as states_of
 from launchers.table import near
 from post_training.run import results
 from post_training.run.directory import is_there

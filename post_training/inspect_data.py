@@ -66,8 +66,8 @@ def main(argv: list[str] | None = None) -> int:
 def resolve(overrides: Sequence[str]) -> tuple[Config, PreTrainedTokenizerBase]:
     """The config that submitting a stage would freeze, and the tokenizer that it would begin with."""
     from launchers.compose import rewrite, rewrite_stage
-    from launchers.plan import freeze, lineage
     from launchers.selection import select
+    from launchers.submission import freeze, lineage
     from post_training.data.prepared import tokenizer_of
     from post_training.stages.common import load_config
 

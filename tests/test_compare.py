@@ -28,7 +28,7 @@ from rich.cells import cell_len
 
 from launchers import compare, worth
 from launchers.compare import Cell, Column, Sheet
-from launchers.status import looks_of
+from launchers.runs import looks_of
 from launchers.worth import best, forgotten, outside
 from post_training.run import ledger, manifest, results
 from post_training.run.directory import RunDirectory

@@ -23,8 +23,8 @@ from launchers.compose import (
     rewrite_stage,
     split,
 )
-from launchers.plan import changes, determining, freeze, identity
 from launchers.selection import select, sources
+from launchers.submission import changes, determining, freeze, identity
 
 COMPOSER = Composer()
 

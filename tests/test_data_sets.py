@@ -18,8 +18,8 @@ import yaml
 from conf.check import ConfigError
 from conf.datasets import KNOWN, STAGE_VIEWS, TRANSFORMS, VIEWS, having
 from conf.schema import Config, Data, Dataset, Quality
-from launchers.plan import freeze, make_plan
 from launchers.selection import select
+from launchers.submission import freeze, make_plan
 from launchers.submit import _Undo, write
 from post_training import data
 from post_training.data import mix, transforms

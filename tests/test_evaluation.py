@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from launchers import status, worth
+from launchers import runs, status, worth
 from post_training import train
 from post_training.data.tokenizer import bytes_tokenizer
 from post_training.evaluation import answers, policy, rules, scoring
@@ -110,7 +110,7 @@ def test_a_stopped_and_killed_evaluation_finds_what_an_undisturbed_one_finds(
     (row,) = json_of(capsys, "torn", line)
     assert row["score"] is None and row["state"] != "done"
     assert (row["step"], row["max_steps"]) == (interrupted[2] - 1, batches)
-    assert worth.judged_stages(status.looks_of(line)) == []
+    assert worth.judged_stages(runs.looks_of(line)) == []
 
     calls.update(count=0, before=lambda count: None)
     assert train.run_attempt(run, 4) == 0

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from conf.check import ConfigError
 from conf.schema import Gate, Node
-from launchers import graph, slurm, status
+from launchers import graph, runs, slurm
 from launchers.compose import rewrite
 from launchers.errors import LaunchError
-from launchers.plan import Found, Plan, _check_same_gate, identity, make_plan
 from launchers.selection import Selection, select
+from launchers.submission import Found, Plan, _check_same_gate, identity, make_plan
 from launchers.submit import _Undo, write
 from post_training.run import gate, ledger, life, manifest, results
 from post_training.run.directory import RunDirectory
@@ -281,7 +281,7 @@ class Folder:
             manifest.write(run.model, identity=plan.stages[name].frozen["identity"])
 
     def rows(self) -> dict[str, tuple[str, str | None]]:
-        return {row["stage"]: (row["state"], row["reason"]) for row in status.collect(self.base, ["dpo"])}
+        return {row["stage"]: (row["state"], row["reason"]) for row in runs.collect(self.base, ["dpo"])}
 
 
 @pytest.fixture
@@ -340,7 +340,7 @@ def test_another_pipelines_evaluation_is_judged_by_this_ones_gate(folder: Folder
     assert closed.stages["eval_sft"].elsewhere and closed.stages["dpo"].decision == "held"
     write(closed, _Undo())
     assert folder.rows()["eval_sft"][0] == "gated"
-    assert {row["state"] for row in status.collect(folder.base, ["first"]) if row["stage"] == "eval_sft"} == {"done"}
+    assert {row["state"] for row in runs.collect(folder.base, ["first"]) if row["stage"] == "eval_sft"} == {"done"}
 
 
 def test_a_gate_on_the_last_stage_is_told_and_holds_nothing(folder: Folder) -> None:

@@ -13,8 +13,8 @@ from conf.check import ConfigError
 from conf.schema import Config, Node, Slurm
 from launchers import graph, slurm
 from launchers.errors import LaunchError
-from launchers.plan import Found, decide, ended
 from launchers.preflight import check_request
+from launchers.submission import Found, decide, ended
 from post_training.run.history import History
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from conf.check import ConfigError
 from conf.schema import Guardrails
-from launchers.plan import freeze
 from launchers.selection import select
+from launchers.submission import freeze
 from post_training import train
 from post_training.guardrails import RULES, Alarm, Streaks, completion_kl, look, training_lines
 from post_training.run import environment, life

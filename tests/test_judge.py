@@ -14,7 +14,7 @@ import pytest
 
 from conf.check import ConfigError, check_run
 from conf.schema import Config
-from launchers.plan import changes
+from launchers.submission import changes
 from post_training.data.source import DataError
 from post_training.evaluation import judge
 from post_training.evaluation.figures import average

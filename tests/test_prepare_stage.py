@@ -13,8 +13,8 @@ import yaml
 
 from conf.check import ConfigError
 from launchers.compose import rewrite
-from launchers.plan import Plan, make_plan
 from launchers.selection import select
+from launchers.submission import Plan, make_plan
 from post_training import train
 from post_training.data import assistant, mix, prepared, user
 from post_training.data.prepared import folder_of, preparation_of

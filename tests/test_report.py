@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conf.datasets import KNOWN
-from launchers import charts, report, status
+from launchers import charts, report, runs
 from launchers import report_sections as sections
 from post_training.run import accounting, environment, manifest
 from post_training.run.directory import Fenced, RunDirectory
@@ -210,7 +210,7 @@ def test_the_head_says_whether_it_helped_and_what_it_cost(made: Made) -> None:
     assert "and +45.0 against base" in said
     assert "It forgot -0.69 nats a token on held-out text (perplexity × 0.5)" in said
     assert "8 done of 8 runs" in said and "cluster h100" in said
-    row = next(row for row in status.rows_of(pipeline_of(made).looks, {}, START + 5000) if row["stage"] == "sft")
+    row = next(row for row in runs.rows_of(pipeline_of(made).looks, {}, START + 5000) if row["stage"] == "sft")
     assert row["held_seconds"] == pytest.approx(30 + 28 + 40)
     pipeline = pipeline_of(made)
     held = {name: row["held_seconds"] for name, row in pipeline.rows.items()}

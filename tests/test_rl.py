@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from conf.check import ConfigError
-from launchers.plan import make_plan
 from launchers.selection import select
+from launchers.submission import make_plan
 from launchers.submit import _Undo, write
 from post_training import train
 from post_training.run.directory import RunDirectory

@@ -14,8 +14,8 @@ from conf.check import ConfigError
 from conf.schema import Node, Sample
 from launchers import graph
 from launchers.compose import Composer, rewrite
-from launchers.plan import freeze
 from launchers.selection import select, sources
+from launchers.submission import freeze
 from post_training import train
 from post_training.data.source import DataError, assistant, think_answer, user
 from post_training.data.tokenizer import bytes_tokenizer

@@ -26,7 +26,7 @@ import yaml
 from conf.check import ConfigError, check_serve
 from conf.schema import Cluster, Config, Serve, Slurm
 from launchers import devcluster as dc
-from launchers import plan, serve, slurm, status
+from launchers import runs, serve, slurm, submission
 from launchers.errors import LaunchError
 from launchers.serve import Endpoint, Order, Served, Server
 from post_training.run import manifest
@@ -110,7 +110,7 @@ def test_what_cannot_be_served_so_is_refused(given: dict[str, object], slurm_env
 
 def test_what_is_served_changes_no_run() -> None:
     a, b = Config(), Config(serve=Serve(engine="vllm", gpus=4))
-    assert plan.freeze(a, "sft", "full", {}) == plan.freeze(b, "sft", "full", {})
+    assert submission.freeze(a, "sft", "full", {}) == submission.freeze(b, "sft", "full", {})
 
 
 def make_run(root: Path, stage: str, architecture: str = "LlamaForCausalLM", whole: bool = True) -> Path:
@@ -395,8 +395,8 @@ def test_detached_it_stays_is_listed_and_stopped(bench: Bench) -> None:
     assert argv in out
     assert not any("top-secret" in path.read_text() for path in folder.iterdir() if path.is_file())
     # it is no run of the pipeline
-    assert [look.name for look in status.looks_of(bench.base / "p")] == ["sft"]
-    assert [path.name for path in status.find_pipelines(bench.base, [])] == ["p"]
+    assert [look.name for look in runs.looks_of(bench.base / "p")] == ["sft"]
+    assert [path.name for path in runs.find_pipelines(bench.base, [])] == ["p"]
     stopped = bench("--stop", "sft")
     assert stopped.returncode == 0 and "p/sft (process" in stopped.stdout, stopped.stderr
     assert not taken(port) and not folder.exists() and not left_over(bench.base)

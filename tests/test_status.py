@@ -16,7 +16,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from launchers import local, slurm, status, table
+from launchers import local, runs, slurm, states, status, table
 from post_training.run import ledger, manifest
 from post_training.run.directory import RunDirectory
 from post_training.run.history import History, summarise
@@ -139,13 +139,13 @@ SLURM_CASES: list[tuple[tuple[str, ...], Any, str, str | None]] = [
 
 @pytest.mark.parametrize(("events", "record", "state", "reason"), SLURM_CASES)
 def test_state_of_a_slurm_run(events: tuple[str, ...], record: Any, state: str, reason: str | None) -> None:
-    assert status.row_state(story(*events), NOT_WHOLE, record, False, ("sft", "rm")) == (state, reason)
+    assert states.row_state(story(*events), NOT_WHOLE, record, False, ("sft", "rm")) == (state, reason)
 
 
 @pytest.mark.parametrize("record", [None, UNKNOWN, job("RUNNING"), job("COMPLETING"), job("PENDING"), job("FAILED")])
 @pytest.mark.parametrize("events", [(*RUNNING, "finished"), RUNNING, ("submitted", "cancelled"), ()])
 def test_a_whole_output_is_done_whatever_else_is_said(events: tuple[str, ...], record: Any) -> None:
-    assert status.row_state(story(*events), None, record, False)[0] == "done"
+    assert states.row_state(story(*events), None, record, False)[0] == "done"
 
 
 GONE = "its supervisor and its job are gone and"
@@ -171,12 +171,12 @@ def test_state_of_a_local_run(
     events: tuple[str, ...], alive: bool, waits_for: tuple[str, ...], state: str, reason: str | None
 ) -> None:
     history = story(*events, cluster="local", job_id="local-1")
-    assert status.row_state(history, NOT_WHOLE, None, alive, waits_for) == (state, reason)
+    assert states.row_state(history, NOT_WHOLE, None, alive, waits_for) == (state, reason)
 
 
 def test_every_state_has_a_case() -> None:
     seen = {case[2] for case in SLURM_CASES} | {case[3] for case in LOCAL_CASES}
-    assert seen | {"done", "gated"} == set(status.STATES)
+    assert seen | {"done", "gated"} == set(states.STATES)
 
 
 # ------------------------------------------------------------------------------------ whole pipelines
@@ -468,7 +468,7 @@ def test_without_held_time_there_is_no_goodput(tmp_path: Path) -> None:
 
 def test_every_outcome_and_cause_has_words() -> None:
     outcomes = {"preempted", "node_lost", "out_of_memory", "crashed", "hung", "cancelled"}
-    assert outcomes <= set(status.OUTCOMES) and outcomes <= set(status.CAUSES)
+    assert outcomes <= set(states.OUTCOMES) and outcomes <= set(status.CAUSES)
 
 
 def test_a_silent_slurm_makes_states_unknown_but_not_finished_ones(outputs: Outputs) -> None:
@@ -556,7 +556,7 @@ def test_arguments() -> None:
     ("text", "seconds"), [("90", 5400), ("00:01:30", 90), ("1-12", 129600), (None, None), ("x", None)]
 )
 def test_wall_times(text: str | None, seconds: int | None) -> None:
-    assert status.wall_seconds(text) == seconds
+    assert runs.wall_seconds(text) == seconds
 
 
 def test_it_starts_without_the_heavy_imports(outputs: Outputs) -> None:
@@ -622,9 +622,9 @@ def test_junk_never_stops_a_look(
         run.results.write_bytes(results)
         (run.model / manifest.NAME).write_bytes(results)
         (run.root.parent / "pipeline.json").write_bytes(graph)
-        (row,) = status.collect(Path(folder), ["full"])
-        assert row["state"] in status.STATES
-        json.dumps({"runs": [row], "pipelines": status.pipelines_of([row])}, allow_nan=False)
+        (row,) = runs.collect(Path(folder), ["full"])
+        assert row["state"] in states.STATES
+        json.dumps({"runs": [row], "pipelines": runs.pipelines_of([row])}, allow_nan=False)
         for width in (20, 80, 200):
             shown = list(status.lines([row], width))
             assert all(len(line) <= width for line in shown)

@@ -209,7 +209,7 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_frozen_config_holds_the_files_text(tmp_path: Path) -> None:
-    from launchers.plan import freeze
+    from launchers.submission import freeze
 
     file = tmp_path / "mine.jinja"
     file.write_text(templates.CHATML)

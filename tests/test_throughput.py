@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from launchers import status
+from launchers import runs, status
 from post_training import throughput, train
 from post_training.run.directory import RunDirectory
 from post_training.run.life import STOPPED
@@ -199,12 +199,12 @@ def test_status_shows_them_where_there_are_any(tmp_path: Path) -> None:
     run = make_run(tmp_path / "pipe", "sft")
     run.metrics.parent.mkdir(exist_ok=True)
     run.metrics.write_text('{"step": 1, "loss": 2.0}\n')
-    (row,) = status.collect(tmp_path, [])
+    (row,) = runs.collect(tmp_path, [])
     assert row["tokens_per_second_per_gpu"] is None and row["mfu"] is None
     assert "TOK/S/GPU" not in "\n".join(status.lines([row], 200))
     with run.metrics.open("a") as file:
         file.write(json.dumps({"step": 2, "loss": 1.0, "tokens_per_second_per_gpu": 12345.6, "mfu": 0.417}) + "\n")
-    (row,) = status.collect(tmp_path, [])
+    (row,) = runs.collect(tmp_path, [])
     assert (row["tokens_per_second_per_gpu"], row["mfu"]) == (12345.6, 0.417)
     table = "\n".join(status.lines([row], 200))
     assert "TOK/S/GPU" in table and "12346" in table and "42 %" in table

@@ -22,8 +22,8 @@ import torch
 from conf import memory
 from conf.check import ConfigError, check_run, tasks_per_node, world_size
 from conf.schema import Config
-from launchers.plan import identity
 from launchers.render import job_script
+from launchers.submission import identity
 from post_training import train
 from post_training.data.source import DataError
 from post_training.run import results

@@ -137,7 +137,7 @@ def tokenizer_of(cfg: Config, start_model: str | None, lineage: list[dict[str, A
     """The tokenizer that a stage will have whose start model may not be trained yet.
 
     start_model: where the line of its start models begins (None: from scratch); lineage: what is in the `model`
-    section of each stage on that line, as launchers.plan.lineage gives it.
+    section of each stage on that line, as launchers.submission.lineage gives it.
     """
     first, *rest = [*(replace(cfg.model, **model) for model in lineage), cfg.model]
     tokenizer = load_tokenizer(first, start_model)

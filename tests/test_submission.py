@@ -12,8 +12,8 @@ from conf.check import ConfigError
 from conf.schema import Config
 from launchers import slurm
 from launchers.compose import rewrite, rewrite_stage
-from launchers.plan import Planned, _check_restart, changes, live_jobs, make_plan, stale
 from launchers.selection import Selection, select
+from launchers.submission import Planned, _check_restart, changes, live_jobs, make_plan, stale
 from post_training.run import manifest
 from post_training.run.directory import RunDirectory
 from post_training.run.history import History
