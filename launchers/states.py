@@ -76,7 +76,7 @@ OUTCOMES = {
 
 def pending_reason(reason: str) -> str:
     """SLURM's reason of a pending job in plain words."""
-word = reason.split(",")[0].strip().replace(" ", "_")  # SLURM writes some with blanks
+    word = reason.split(",")[0].strip().replace(" ", "_")  # SLURM writes some with blanks
     if word.startswith("Nodes_required_for_job_are"):
         word = "ReqNodeNotAvail"
     if word in PENDING:
