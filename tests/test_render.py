@@ -6,6 +6,7 @@ UPDATE_GOLDEN=1 writes the golden files anew.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -81,6 +82,27 @@ def test_values_reach_the_shell_as_they_are(tmp_path: Path) -> None:
     lines = [line for line in text.splitlines() if line.startswith(("RUN_DIR=", "PYTHON=", "export TEXT="))]
     done = subprocess.run(["bash", "-c", "\n".join([*lines, 'printf "%s\\n" "$RUN_DIR" "$PYTHON" "$TEXT"'])], capture_output=True, text=True)  # fmt: skip # noqa: E501
     assert done.stdout.splitlines() == [root, NASTY, "it's $X"]
+
+
+def test_a_signal_while_slurm_is_asked_loses_neither_the_word_nor_the_signal(tmp_path: Path) -> None:
+    """bash 5.2 forgets a trap that comes while it reads $( ): a job cancelled at that moment was requeued."""
+    text = job_script(cfg("slurm"), RunDirectory(tmp_path), sys.executable, [])
+    found = [re.search(rf"^{name}\(\) .*?^}}", text, re.M | re.S) for name in ("line_of", "hear", "ask")]
+    pipes = next((line for line in text.splitlines() if line.startswith("exec {answers}")), "")
+    for name, says in {"scontrol": "JobState=COMPLETING", "sinfo": "n1:alloc\nn2:alloc"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\nkill -TERM $SCRIPT; echo '{says}'\n")
+        (tmp_path / name).chmod(0o755)
+    script = [
+        "set -u", "export SCRIPT=$$ SLURM_JOB_ID=7 SLURM_JOB_NODELIST=n1,n2", 'life() { echo "$*" >>"$SAID"; }',
+        'starts=0 signal="" asking=0 word=() line="" attempt=1 RUN_DIR=/data aside=()', "pause() { :; }", pipes,
+        *(function[0] for function in found if function), "trap 'ask TERM' TERM", "trap '' USR2", "hear",
+        'printf "%s|" "$signal" "${word[@]}"',
+    ]  # fmt: skip
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SAID": str(tmp_path / "said")}
+    done = subprocess.run(["bash", "-c", "\n".join(script)], env=env, capture_output=True, text=True, timeout=60)
+    word = "--restart-count|0|--job|JobState=COMPLETING|--node-states|n1:alloc n2:alloc|"
+    assert done.stdout == f"TERM|{word}", done.stderr
+    assert (tmp_path / "said").read_text().strip() == "stop /data --attempt 1 --signal TERM"
 
 
 def test_a_port_that_another_job_listens_on_is_passed_over() -> None:
