@@ -319,13 +319,23 @@ def owners(ids: Sequence[str], conf: str | None = None) -> dict[str, str] | Unkn
     return found
 
 
-def upstream_jobs(dependency: str) -> set[str]:
-    """The jobs whose good end a job waits for, as squeue names them. Pure."""
+def cluster_name(conf: str | None = None) -> str | Unknown:
+    """The controller's name of the cluster."""
+    answer = _ask("scontrol", "show", "config", conf=conf)
+    if isinstance(answer, Unknown):
+        return answer
+    match = re.search(r"^ClusterName\s*=\s*(\S+)", answer, re.MULTILINE)
+    return match[1] if match else Unknown("scontrol show config names no cluster")
+
+
+def upstream_jobs(job: JobRecord) -> set[str]:
+    """The jobs whose good end a queued job waits for; of an array that it follows task by task, the one. Pure."""
+    task = job.job_id.partition("_")[2]
     return {
-        job_id
-        for part in re.split(r"[,?]", dependency)
+        f"{number}_{task}" if rest == "_*" else f"{number}{rest}"
+        for part in re.split(r"[,?]", job.dependency)
         if part.startswith(("afterok:", "aftercorr:"))
-        for job_id in re.findall(r":(\d+(?:_\d+)?)", part)
+        for number, rest in re.findall(r":(\d+)(_\*|_\d+|)", part)
     }
 
 

@@ -306,9 +306,12 @@ def test_requeue_saves_and_goes_on_under_the_same_id(chain: Callable[..., list[S
     assert "dpo  nothing to requeue: waits for other jobs" in out
     (end,) = sft.ends()
     assert (end["outcome"], end["action"]) == ("stopped", "requeue")
-    sft.finish()
-    dpo.finish()
-    assert command("requeue", sft) == 0 and "done already" in capsys.readouterr().out
+    assert job(sft.cluster, sft.job_id)["Restarts"] == "1"
+    assert command("requeue", sft) == 0 and "nothing to requeue" in capsys.readouterr().out
+    assert command("cancel", sft) == 0  # of one that waits to go on
+    out = capsys.readouterr().out
+    assert f"dpo  job {dpo.job_id} cancelled: waited for sft" in out and "goes on from there" in out, out
+    assert sft.history().cancelled and dpo.history().reason == f"upstream sft was cancelled by {steer.me()}"
 
 
 @pytest.mark.slurm
