@@ -155,6 +155,20 @@ def _orphan(run: RunDirectory) -> tuple[int, float] | None:
     return pid, started
 
 
+def shell_of(run: RunDirectory) -> int | None:
+    """The process of the batch shell that runs this run on this machine; None where there is none."""
+    import psutil
+
+    if not owned(run):
+        return None
+    try:
+        owner = json.loads(lock_path(run).read_text())
+        shell = psutil.Process(int(owner["pid"]))
+        return shell.pid if abs(shell.create_time() - float(owner["started"])) <= 5 else None
+    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+        return None
+
+
 def _next_number(runs: list[LocalRun]) -> int:
     """One more than the highest local job id in the pipelines of these runs."""
     highest = 0
@@ -528,6 +542,10 @@ class _Supervisor:
                 self.close(history, run, code, life.Ending("stopped", "exit", reason=STOPPED_BY_USER))
             self.screen.say(f"{job.name}: stopped; newest checkpoint: step {history.checkpoint_step}")
             self.stop_queued(job)
+        elif history.cancelled and history.cancel_wish is not None:
+            self.screen.say(f"{job.name}: {history.reason}")
+            job.root_cause = f"upstream {job.name} was cancelled by {history.cancel_wish}"
+            self.settle(job, "cancelled", str(history.reason))
         elif code == life.REQUEUE:
             self.screen.say(f"{job.name}: requeued ({history.reason or 'saved before its wall time'})")
             job.state = "queued"
@@ -661,7 +679,7 @@ class _Supervisor:
         for job in self.jobs:
             if job.state == "gated":
                 print(f"\n{job.name}: {job.reason}\n  fix: {gate_fix(job.name)}", file=sys.stderr)
-        if failed or self.stopping_since is not None:
+        if failed or self.stopping_since is not None or any(job.state == "cancelled" for job in self.jobs):
             print(
                 f"\nTo go on from here, give the same command again:\n  {_same_command()}", file=sys.stderr, flush=True
             )

@@ -101,6 +101,7 @@ def job_script(cfg: Config, run: RunDirectory, python: str, dependency: list[str
             requeue_code=life.REQUEUE,
             busy_code=life.BUSY,
             avoid_code=life.AVOID,
+            cancelled_code=life.CANCELLED,
             hung_code=life.HUNG,
             hung_seconds=hung_seconds,
             watch_seconds=max(1, min(30, hung_seconds // 8)),

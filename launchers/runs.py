@@ -405,25 +405,57 @@ def choose(words: list[str], command: str, newest: bool = False) -> list[Look]:
     Without a stage, all runs of the pipelines. Without a pipeline, the one that has these stages; `newest`: where
     several have them, the one that was touched last. Raises LaunchError where nothing, or not one pipeline, is meant.
     """
-    stages = [word for word in words if "=" not in word]
-    output_base, names = which([word for word in words if "=" in word], command)
-    for name, _, stage in [word.partition("/") for word in stages if "/" in word]:
-        names, stages = [*names, name], [*stages, stage]
-    stages = list(dict.fromkeys(word for word in stages if "/" not in word and word))
-    folders = find_pipelines(output_base, names)
-    looks = {folder: looks_of(folder) for folder in folders}
-    having = [folder for folder in folders if {look.name for look in looks[folder]} >= set(stages)]
+    given = [word for word in dict.fromkeys(words) if word]
+    settings = [w for w in given if w.startswith(("run_name=", "paths.output_base=")) or ("=" in w and "/" not in w)]
+    pairs = [tuple(w.rsplit("/", 1)) for w in given if "/" in w and w not in settings]  # a point's name may hold a '='
+    stages = [w for w in given if "/" not in w and w not in settings]
+    output_base, names = which(settings, command)
+    if pairs and stages and not names:
+        names = list(dict.fromkeys(name for name, _ in pairs))
+        if len(names) > 1:
+            raise LaunchError(f"{', '.join(stages)}: of which pipeline?", f"{names[0]}/{stages[0]}")
+    found: dict[Path, list[Look]] = {}
+    wanted: dict[Path, set[str]] = {}  # no stage: all of them
+    for name, stage in pairs:
+        (folder,) = find_pipelines(output_base, [name])
+        found.setdefault(folder, looks_of(folder))
+        _check_stages([stage], found[folder], f"run_name={name}")
+        wanted.setdefault(folder, set()).add(stage)
+    if names or not pairs:
+        folders = find_pipelines(output_base, names)
+        found |= {folder: looks_of(folder) for folder in folders if folder not in found}
+        if names:
+            for folder in folders:
+                _check_stages(stages, found[folder], f"run_name={folder.name}")
+        else:
+            folders = _having(stages, {folder: found[folder] for folder in folders}, output_base, newest)
+        for folder in folders:
+            wanted[folder] = wanted.get(folder, set()) | set(stages) if stages else set()
+    chosen = [look for folder, some in wanted.items() for look in found[folder] if not some or look.name in some]
+    if not chosen:
+        raise LaunchError(f"no runs in {', '.join(str(folder) for folder in wanted)}")
+    return chosen
+
+
+def _having(stages: list[str], found: Mapping[Path, list[Look]], output_base: Path, newest: bool) -> list[Path]:
+    """The one pipeline that has all of these stages. Raises LaunchError where there is none, or more than one."""
+    having = [folder for folder, looks in found.items() if {look.name for look in looks} >= set(stages)]
     if not having:
-        there = list(dict.fromkeys(look.name for found in looks.values() for look in found))
-        missing = next((stage for stage in stages if stage not in there), ", ".join(stages))
+        if not found:
+            raise LaunchError(f"no runs in {output_base}")
+        _check_stages(stages, [look for looks in found.values() for look in looks], str(output_base))
+        raise LaunchError(f"{', '.join(stages)}: no pipeline of {output_base} has all of these")
+    if len(having) > 1 and not newest:
+        several = ", ".join(f"run_name={folder.name}" for folder in having)
+        what = f"{' and '.join(stages)}: in several pipelines" if stages else "several pipelines"
+        raise LaunchError(f"{what} of {output_base}", f"say which one: {several}")
+    return having[-1:]
+
+
+def _check_stages(stages: list[str], looks: list[Look], where: str) -> None:
+    there = list(dict.fromkeys(look.name for look in looks))
+    missing = next((stage for stage in stages if stage not in there), None)
+    if missing is not None:
         close = difflib.get_close_matches(missing, there, n=1)
-        where = f"run_name={','.join(names)}" if names else str(output_base)
         fix = f"did you mean '{close[0]}'?" if close else f"one of: {', '.join(there)}" if there else None
-        raise LaunchError(f"{missing}: no such stage in {where}" if stages else f"no runs in {output_base}", fix)
-    if not names and len(having) > 1:
-        if not newest:
-            several = ", ".join(f"run_name={folder.name}" for folder in having)
-            what = f"{' and '.join(stages)}: in several pipelines" if stages else "several pipelines"
-            raise LaunchError(f"{what} of {output_base}", f"say which one: {several}")
-        having = having[-1:]
-    return [look for folder in having for look in looks[folder] if not stages or look.name in stages]
+        raise LaunchError(f"{missing}: no such stage in {where}", fix)

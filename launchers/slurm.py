@@ -268,12 +268,75 @@ def partitions(conf: str | None = None) -> dict[str, Partition] | Unknown:
     return answer if isinstance(answer, Unknown) else parse_partitions(answer)
 
 
-def cancel(ids: Sequence[str], conf: str | None = None) -> Unknown | None:
-    """Cancel jobs. Unknown where SLURM did not take the request; jobs that are gone already are no error."""
+def cancel(ids: Sequence[str], conf: str | None = None, only_pending: bool = False) -> Unknown | None:
+    """Cancel jobs. Unknown where SLURM did not take the request; jobs that are gone already are no error.
+
+    only_pending: leave those alone that have started meanwhile.
+    """
     if not ids:
         return None
-    answer = _ask("scancel", "--quiet", *ids, conf=conf)
+    options = ["--quiet", *(["--state=PENDING"] if only_pending else [])]
+    answer = _ask("scancel", *options, *ids, conf=conf)
     return answer if isinstance(answer, Unknown) else None
+
+
+def ask_to_save(ids: Sequence[str], conf: str | None = None) -> Unknown | None:
+    """USR1 to the job scripts, as SLURM sends it before the wall time. Unknown where SLURM did not take the request,
+    as for a job that does not run."""
+    answer = _ask("scancel", "--quiet", "--batch", "--signal=USR1", *ids, conf=conf) if ids else ""
+    return answer if isinstance(answer, Unknown) else None
+
+
+def hold(ids: Sequence[str], conf: str | None = None) -> Unknown | None:
+    """Hold jobs as their user, who may release them again; a running one is held from its next requeue on."""
+    answer = _ask("scontrol", "uhold", ",".join(ids), conf=conf) if ids else ""
+    return answer if isinstance(answer, Unknown) else None
+
+
+def release(ids: Sequence[str], conf: str | None = None) -> Unknown | None:
+    """Let held jobs go on."""
+    answer = _ask("scontrol", "release", ",".join(ids), conf=conf) if ids else ""
+    return answer if isinstance(answer, Unknown) else None
+
+
+def wait_for(job_id: str, ids: Sequence[str], conf: str | None = None) -> Unknown | None:
+    """Make a queued job wait for the good end of these jobs, and of no others."""
+    dependency = f"Dependency={':'.join(['afterok', *ids]) if ids else ''}"
+    answer = _ask("scontrol", "update", f"JobId={job_id}", dependency, conf=conf)
+    return answer if isinstance(answer, Unknown) else None
+
+
+def owners(ids: Sequence[str], conf: str | None = None) -> dict[str, str] | Unknown:
+    """The users of these jobs."""
+    found: dict[str, str] = {}
+    for start in range(0, len(ids), CHUNK):
+        wanted = f"--jobs={','.join(ids[start : start + CHUNK])}"
+        answer = _ask("squeue", "--noheader", "--array", "--states=all", "--format=%i|%u", wanted, conf=conf)
+        if isinstance(answer, str):
+            found |= dict(line.split("|", 1) for line in answer.splitlines() if "|" in line)
+        elif "Invalid job id" not in answer.why:
+            return answer
+    return found
+
+
+def cluster_name(conf: str | None = None) -> str | Unknown:
+    """The controller's name of the cluster."""
+    answer = _ask("scontrol", "show", "config", conf=conf)
+    if isinstance(answer, Unknown):
+        return answer
+    match = re.search(r"^ClusterName\s*=\s*(\S+)", answer, re.MULTILINE)
+    return match[1] if match else Unknown("scontrol show config names no cluster")
+
+
+def upstream_jobs(job: JobRecord) -> set[str]:
+    """The jobs whose good end a queued job waits for; of an array that it follows task by task, the one. Pure."""
+    task = job.job_id.partition("_")[2]
+    return {
+        f"{number}_{task}" if rest == "_*" else f"{number}{rest}"
+        for part in re.split(r"[,?]", job.dependency)
+        if part.startswith(("afterok:", "aftercorr:"))
+        for number, rest in re.findall(r":(\d+)(_\*|_\d+|)", part)
+    }
 
 
 def wait_gone(ids: Sequence[str], conf: str | None = None, timeout: float = 30.0) -> bool:

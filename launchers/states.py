@@ -14,7 +14,7 @@ PENDING = {
     "Dependency": "waits for other jobs",
     "DependencyNeverSatisfied": "an upstream job failed: can never start",
     "BeginTime": "held for a moment after a requeue",
-    "JobHeldUser": "held by the user: scontrol release",
+    "JobHeldUser": "held by the user: python -m launchers.release",
     "JobHeldAdmin": "held by an administrator",
     "JobArrayTaskLimit": "the sweep's limit of jobs at a time is reached",
     "Licenses": "waits for a licence",
@@ -42,7 +42,8 @@ PENDING = {
     "AssocGrpCPUMinutesLimit": "your account's CPU hours are used up",
     "AssocGrpBillingMinutes": "your account's budget is used up",
     "JobLaunchFailure": "its last start failed; SLURM tries again",
-    "launch_failed_requeued_held": "its start failed: held until scontrol release",
+    "launch_failed_requeued_held": "its start failed: held; python -m launchers.repair",
+    "job_requeued_in_held_state": "requeued and held: python -m launchers.release",
     "Prolog": "the nodes are being made ready",
     "Cleaning": "its last attempt is being cleaned up",
     "NodeFailure": "a node failed; SLURM starts it again",
@@ -73,7 +74,7 @@ OUTCOMES = {
 
 def pending_reason(reason: str) -> str:
     """SLURM's reason of a pending job in plain words."""
-    word = reason.split(",")[0].strip()
+    word = reason.split(",")[0].strip().replace(" ", "_")  # SLURM writes some with blanks
     if word in PENDING:
         return PENDING[word]
     if word.startswith("QOS"):
@@ -189,6 +190,8 @@ def _slurm_state(
 ) -> tuple[str, str | None]:
     begun = history.attempt_started is not None and history.attempt_started >= (history.submitted or 0)
     ended = history.gave_up
+    if history.cancelled and not job.live:
+        return _gone(history, output_problem)
     match job.state:
         case "PENDING":
             if job.reason == "DependencyNeverSatisfied":
@@ -203,11 +206,11 @@ def _slurm_state(
         case "REQUEUED" | "REQUEUE_FED":
             return "requeued", "SLURM is requeueing it"
         case "REQUEUE_HOLD" | "SPECIAL_EXIT":
-            return "requeued", f"held: scontrol release {job.job_id}"
+            return "requeued", "held: python -m launchers.release"
         case "PREEMPTED":
             return "requeued", "preempted by a job that comes first"
         case "RUNNING" | "SUSPENDED" | "STOPPED" | "RESIZING" | "SIGNALING" | "STAGE_OUT":
-            if history.cancelled or history.stopping:
+            if history.cancelled or history.stopping or history.cancel_wish:
                 return "stopping", "asked to save and leave"
             if job.state != "RUNNING":
                 return "running", f"{job.state.lower().replace('_', ' ')} by SLURM"

@@ -91,7 +91,7 @@ SLURM_CASES: list[tuple[tuple[str, ...], Any, str, str | None]] = [
     ((*RUNNING, "stop", "late"), job("PENDING", "BeginTime"), "requeued",
      "held for a moment after a requeue; left without saving (status 124)"),
     (RUNNING, job("REQUEUED"), "requeued", "SLURM is requeueing it"),
-    (RUNNING, job("REQUEUE_HOLD"), "requeued", "held: scontrol release 7"),
+    (RUNNING, job("REQUEUE_HOLD"), "requeued", "held: python -m launchers.release"),
     (RUNNING, job("PREEMPTED"), "requeued", "preempted by a job that comes first"),
     # running
     (("submitted",), job("RUNNING"), "running", "starting"),

@@ -7,6 +7,9 @@ Every line has `time` (seconds since the epoch), `event` and `version`. The even
     attempt_started    attempt, job_id, node, nodes, restart_count      the job script began
     training_started   attempt, step                   the first step is about to run, after `step` done ones
     not_exact          attempt, reason                 what holds for this resume instead of bit-exactness
+    asked              what, user, job_id              a person asked for it: what is cancel, requeue, hold or release.
+                                                    A cancel stands until the run is submitted again: no attempt of that
+                                                    job begins any more, and the running one is not followed by another
     stop_requested     attempt, signal                 the script was asked to stop
     checkpoint_saved   attempt, step, seconds          a complete checkpoint, manifest included
     guardrail          attempt, step, rule, action, reason      the logged figures look wrong, and what was done

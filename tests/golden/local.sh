@@ -33,13 +33,16 @@ pause() { read -rt "$1" -u "$never"; }
 # shellcheck disable=SC2188,SC2317  # the redirection alone connects; called through line_of
 free_port() { local port=$1; while (<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 1)); done; echo "$port"; }
 
+trap '' USR1 # until there is an attempt to stop: it would end this script
 hear() { :; }                           # no SLURM to ask
 requeue() { exit 75; }  # the supervisor starts this script again
 wait_for_the_end() { exit 143; }
+cancel() { exit 143; }
 
 # the supervisor holds the run's lock
 attempt=$(life begin "$RUN_DIR" --job-id "$JOB_ID" --nodes "$(hostname)" --sole)
 code=$?
+if [ "$code" -eq 6 ]; then cancel; fi
 if [ "$code" -eq 3 ]; then exit 0; fi # finished before: a preempted job is requeued even so
 if [ "$code" -ne 0 ]; then exit "$code"; fi
 export POST_TRAINING_ATTEMPT=$attempt
@@ -119,6 +122,7 @@ action=$line
 case $action in
   requeue*) requeue "${action#requeue}" ;;
   wait) wait_for_the_end ;;
+  cancel) cancel ;;
   "exit "*) exit "${action#exit }" ;;
 esac
 exit 1

@@ -59,6 +59,7 @@ pause() { read -rt "$1" -u "$never"; }
 # shellcheck disable=SC2188,SC2317  # the redirection alone connects; called through line_of
 free_port() { local port=$1; while (<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 1)); done; echo "$port"; }
 
+trap '' USR1 # until there is an attempt to stop: it would end this script
 starts=${SLURM_RESTART_COUNT:-0}
 
 # What SLURM says of this job and its nodes: who is ending it, if anyone.
@@ -98,6 +99,13 @@ wait_for_the_end() {
   exit 143
 }
 
+# By a user, and what there was to save is saved: SLURM says so too, and ends the dependents.
+cancel() {
+  trap - TERM USR1
+  if scancel "$SLURM_JOB_ID"; then exec sleep 600; fi
+  exit 143
+}
+
 # Another job of this run may still be queued or running: only SLURM knows.
 gone=""
 while :; do
@@ -128,6 +136,7 @@ while :; do
     pause 10
   fi
 done
+if [ "$code" -eq 6 ]; then cancel; fi
 if [ "$code" -eq 3 ]; then exit 0; fi # finished before: a preempted job is requeued even so
 if [ "$code" -ne 0 ]; then exit "$code"; fi
 export POST_TRAINING_ATTEMPT=$attempt
@@ -184,7 +193,7 @@ unhealthy=${line// /,}
 if [ -n "$unhealthy" ]; then
   line_of life end "$RUN_DIR" --attempt "$attempt" --code 1 --unhealthy "$unhealthy" || exit 1
   action=$line
-  case $action in requeue*) requeue "${action#requeue}" ;; *) exit 1 ;; esac
+  case $action in requeue*) requeue "${action#requeue}" ;; cancel) cancel ;; *) exit 1 ;; esac
 fi
 
 # One task a GPU and no launcher in between: rank and world size come from SLURM's own variables.
@@ -232,6 +241,7 @@ esac
 case $action in
   requeue*) requeue "${action#requeue}" ;;
   wait) wait_for_the_end ;;
+  cancel) cancel ;;
   "exit "*) exit "${action#exit }" ;;
 esac
 exit 1
