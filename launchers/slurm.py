@@ -32,6 +32,8 @@ LOOK_S = 30.0
 SUBMIT_TIMEOUT_S = 120.0
 """How long sbatch may take: a busy controller answers late, and an answer that we did not wait for is looked up."""
 CHUNK = 500
+LONGEST_LIST = 100_000
+"""Characters of job ids that one squeue is asked for: Linux takes 131,072 in one argument."""
 _FIELDS = "%i|%T|%r|%M|%l|%D|%N|%P|%V|%S|%E|%k"  # the comment comes last: it is the one that may hold a '|'
 
 
@@ -161,26 +163,58 @@ def parse_jobs(text: str) -> dict[str, JobRecord]:
 
 
 def jobs(
-    ids: Sequence[str] | None = None, *, user: str | None = None, conf: str | None = None, timeout: float = TIMEOUT_S
-) -> dict[str, JobRecord] | Unknown:
-    """What squeue knows of these jobs, or of all of some users' (by commas; by default: yours). One call up to 500 ids.
+    ids: Sequence[str] | None = None, *, user: str | None = None, everyone: bool = False, conf: str | None = None,
+    timeout: float = TIMEOUT_S,
+) -> dict[str, JobRecord] | Unknown:  # fmt: skip
+    """What squeue knows of these jobs, of all of some users' (by commas; by default: yours), or of all jobs. One call.
 
-    A job that is not in the answer is one that SLURM has forgotten, or never knew.
+    Each element of an array (`123_4`) is a job of its own. A job that is not in the answer is one that SLURM has
+    forgotten, or never knew.
     """
-    base = ("squeue", "--noheader", "--states=all", f"--format={_FIELDS}")
+    argv = ["squeue", "--noheader", "--array", "--states=all", f"--format={_FIELDS}"]
     if ids is None:
-        answer = _ask(*base, f"--user={user or getpass.getuser()}", conf=conf, timeout=timeout)
+        argv += [] if everyone else [f"--user={user or getpass.getuser()}"]
+        answer = _ask(*argv, conf=conf, timeout=timeout)
         return answer if isinstance(answer, Unknown) else parse_jobs(answer)
-    found: dict[str, JobRecord] = {}
-    wanted = sorted(set(ids))
-    for start in range(0, len(wanted), CHUNK):
-        answer = _ask(*base, f"--jobs={','.join(wanted[start : start + CHUNK])}", conf=conf, timeout=timeout)
-        if isinstance(answer, Unknown):
-            if "Invalid job id" in answer.why:  # all of them forgotten
-                continue
-            return answer
-        found |= parse_jobs(answer)
+    wanted = set(ids)
+    if not wanted:
+        return {}
+    listed = ",".join(sorted({job_id.partition("_")[0] for job_id in wanted}))
+    answer = _ask(*argv, *([f"--jobs={listed}"] if len(listed) <= LONGEST_LIST else []), conf=conf, timeout=timeout)
+    if isinstance(answer, Unknown):
+        return {} if "Invalid job id" in answer.why else answer  # all of them forgotten
+    return {job_id: job for job_id, job in parse_jobs(answer).items() if job_id in wanted}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """One job as accounting keeps it."""
+
+    job_id: str
+    state: str  # COMPLETED, TIMEOUT, "CANCELLED by 1000", ...
+    exit_code: str  # status:signal
+    end: str  # ISO, or Unknown
+    node_list: str
+
+
+def parse_ended(text: str) -> dict[str, Ended]:
+    """sacct's lines in our format; of a job that was requeued, the newest. Pure."""
+    found = {}
+    for line in text.splitlines():
+        parts = line.split("|")
+        if len(parts) == 5:
+            found[parts[0]] = Ended(*parts)
     return found
+
+
+def accounting(ids: Sequence[str], conf: str | None = None, timeout: float = TIMEOUT_S) -> dict[str, Ended] | Unknown:
+    """What accounting keeps of these jobs. One call."""
+    if not ids:
+        return {}
+    fields = "--format=JobID,State,ExitCode,End,NodeList"
+    argv = ("sacct", "--noheader", "--parsable2", "--allocations", fields)
+    answer = _ask(*argv, f"--jobs={','.join(sorted(set(ids)))}", conf=conf, timeout=timeout)
+    return answer if isinstance(answer, Unknown) else parse_ended(answer)
 
 
 # What sbatch says where its request or the answer was lost on the way: the controller may have taken the job.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from launchers import slurm
 from post_training.run.history import History
 
@@ -75,6 +77,8 @@ OUTCOMES = {
 def pending_reason(reason: str) -> str:
     """SLURM's reason of a pending job in plain words."""
     word = reason.split(",")[0].strip().replace(" ", "_")  # SLURM writes some with blanks
+    if word.startswith("Nodes_required_for_job_are"):
+        word = "ReqNodeNotAvail"
     if word in PENDING:
         return PENDING[word]
     if word.startswith("QOS"):
@@ -82,6 +86,31 @@ def pending_reason(reason: str) -> str:
     if word.startswith(("Assoc", "MaxCpuPerAccount")):
         return f"a limit of your account is reached ({word})"
     return f"SLURM says: {reason}"
+
+
+def clock(moment: float, now: float) -> str:
+    """A moment as local time: 14:30 today, otherwise with its day."""
+    try:
+        there, here = time.localtime(moment), time.localtime(now)
+    except (OverflowError, ValueError, OSError):
+        return "a time far off"
+    same_day = there[:3] == here[:3]
+    return time.strftime("%H:%M" if same_day else "%a %H:%M" if abs(moment - now) < 6 * 86400 else "%Y-%m-%d", there)
+
+
+def roughly(seconds: float) -> str:
+    """A duration in its greatest unit: 40 s, 12 min, 2 h, 3 days."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= (2 if unit == "days" else 1) * size - size / 120:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0, seconds):.0f} s"
+
+
+def expected(start: float, now: float) -> str:
+    """When SLURM means to start a pending job, in plain words."""
+    if start <= now:
+        return "SLURM expects to start it at any moment"
+    return f"SLURM expects to start it at {clock(start, now)}, in {roughly(start - now)}"
 
 
 # ------------------------------------------------------------------------------------------ the state
