@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 from launchers.errors import gate_fix
 from launchers.table import read_history, tail
 from post_training.run import ledger, life, manifest
-from post_training.run.directory import RunDirectory
+from post_training.run.directory import ATTEMPT_MARK, RunDirectory
 from post_training.run.history import History
 
 if TYPE_CHECKING:
@@ -210,7 +210,8 @@ def _ending_text(code: int, job: _Job) -> str:
         return f"killed at the wall time of {job.spec.wall_time} s"
     if code < 0:
         return f"the job script was killed by {signal.Signals(-code).name}"
-    last = next((line.strip() for line in reversed(tail(job.spec.run.stderr(job.job_id))) if line.strip()), "")
+    said = (line.strip() for line in reversed(tail(job.spec.run.stderr(job.job_id))))
+    last = next((line for line in said if line and not ATTEMPT_MARK.match(line)), "")
     return f"the job script ended with status {code}" + (f": {last[:300]}" if last else "")
 
 

@@ -17,6 +17,7 @@ MODULES = [
     "launchers.prefetch", "conf.chat", "post_training.chat", "launchers.push", "launchers.card", "launchers.report",
     "launchers.charts", "post_training.run.environment", "launchers.serve", "launchers.page",
     "launchers.steer", "launchers.cancel", "launchers.requeue", "launchers.hold", "launchers.release", "launchers.repair",
+    "launchers.logs", "launchers.why",
 ]  # fmt: skip
 
 
@@ -56,6 +57,7 @@ def test_import(module: str) -> None:
         ["launchers.submit", "stage=base", "dry_run=true", "cluster=dev"],
         ["launchers.pipeline", "dry_run=true", "cluster=local"],
         ["launchers.serve", "--help"],
+        ["launchers.logs", "--help"],
         ["launchers.serve", "inputs.model=a/b", "cluster=h100", "serve.engine=transformers", "dry_run=true"],
         ["launchers.pipeline", "dry_run=true", "cluster=local", "sft.lr=1e-5,1e-4", "-m"],
     ],

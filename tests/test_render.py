@@ -24,7 +24,7 @@ from conf.schema import Cluster, Config, Slurm
 from launchers.render import job_script, sbatch_options
 from launchers.submit import SOURCE, snapshot
 from post_training.run import ledger, life, manifest
-from post_training.run.directory import RunDirectory
+from post_training.run.directory import ATTEMPT_MARK, RunDirectory
 from post_training.run.history import History, summarise
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -149,7 +149,7 @@ STUB = """
 import os, signal, sys, time
 from pathlib import Path
 from post_training.run import ledger, manifest
-from post_training.run.directory import RunDirectory
+from post_training.run.directory import ATTEMPT_MARK, RunDirectory
 
 run, attempt, behave = RunDirectory(Path(sys.argv[1])), int(os.environ["POST_TRAINING_ATTEMPT"]), os.environ["STUB"]
 print("attempt", attempt, "rank", os.environ["RANK"], flush=True)
@@ -170,6 +170,12 @@ if os.environ["RANK"] == "0":
     (run.model / "weights").write_text("w")
     manifest.write(run.model, identity="x")
 """
+
+
+def without_mark(text: str) -> str:
+    """What an attempt said after its first line, which is in both streams."""
+    assert ATTEMPT_MARK.match(text.removeprefix("\n")), text
+    return text.split("\n", 2)[2]
 
 
 class Script:
@@ -204,7 +210,7 @@ class Script:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             raise
-        return process.returncode, out, err
+        return process.returncode, without_mark(out), without_mark(err)
 
     def history(self) -> History:
         return summarise(ledger.read(self.run.ledger))

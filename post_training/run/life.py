@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from post_training.run import gate, ledger, manifest, progress
-from post_training.run.directory import Fenced, RunDirectory, write_atomic
+from post_training.run.directory import ATTEMPT_MARK, Fenced, RunDirectory, write_atomic
 from post_training.run.history import FAILED, History, summarise
 
 T = TypeVar("T")
@@ -353,7 +353,7 @@ def end(
             code=code, signal=signal, word=word, answered=history.answered or code in (STOPPED, 0),
             whole=manifest.problem(run.model) is None,
             hung=any(p.stat().st_size for p in run.stacks(attempt, 0).parent.glob(run.stacks(attempt, "*").name)),
-            error=_error(run, attempt), stderr=_tail(run.stderr(history.job_id or "")),
+            error=_error(run, attempt), stderr=_said(run, history.job_id or ""),
         )  # fmt: skip
         outcome, reason = classify(seen)
         ending = decide(outcome, reason, code, word, signal, history, _limits(config))
@@ -445,13 +445,16 @@ def _error(run: RunDirectory, attempt: int) -> str | None:
         return None
 
 
-def _tail(path: Path) -> str:
+def _said(run: RunDirectory, job_id: str) -> str:
+    """The end of the job's error stream, and nothing of earlier attempts."""
     try:
-        with path.open("rb") as file:
+        with run.stderr(job_id).open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-            return file.read().decode(errors="replace")
+            text = file.read().decode(errors="replace")
     except OSError:
         return ""
+    marks = list(ATTEMPT_MARK.finditer(text))
+    return text[marks[-1].end() :] if marks else text
 
 
 def _warn_of_short_lead(run: RunDirectory, given: int | None) -> None:

@@ -25,6 +25,12 @@
 RUN_DIR='/data/it'"'"'s 100% "quoted" $HOME `x` & %j/full/ppo'
 PYTHON='/opt/py thon/bin/python'
 JOB_ID=$SLURM_JOB_ID
+# Both files are appended to by every attempt: launchers.logs finds them apart by this line. The number is the one that
+# `begin` will give; what modules and setup say belongs to the attempt too.
+printf -v mark '\n=== attempt %d of job %s: 8 ranks on %s at %(%Y-%m-%dT%H:%M:%S%z)T' \
+  "$(($(cat "$RUN_DIR/slurm/newest_attempt" 2>/dev/null) + 1))" "$JOB_ID" "${SLURM_JOB_NODELIST:-$HOSTNAME}" -1
+echo "$mark"
+echo "$mark" >&2
 # pure SLURM output: users' formats must not change what our tools read
 unset SQUEUE_FORMAT SINFO_FORMAT SACCT_FORMAT
 module load cuda/12.4
@@ -205,7 +211,7 @@ line_of free_port $((10000 + (SLURM_JOB_ID * 7 + starts) % 20000))
 MASTER_PORT=$line
 export MASTER_ADDR MASTER_PORT
 srun --nodes=2 --ntasks=8 --ntasks-per-node=4 \
-  --cpus-per-task=8 --kill-on-bad-exit=1 --export=ALL \
+  --cpus-per-task=8 --kill-on-bad-exit=1 --export=ALL --label \
   "$PYTHON" -m post_training.train "$RUN_DIR" &
 main=$!
 
