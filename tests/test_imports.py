@@ -16,6 +16,7 @@ MODULES = [
     "launchers.local", "launchers.executor", "launchers.render", "conf.schema", "conf.check", "post_training.run.life",
     "launchers.prefetch", "conf.chat", "post_training.chat", "launchers.push", "launchers.card", "launchers.report",
     "launchers.charts", "post_training.run.environment", "launchers.serve", "launchers.page",
+    "launchers.doctor", "launchers.site",
 ]  # fmt: skip
 
 
@@ -55,6 +56,7 @@ def test_import(module: str) -> None:
         ["launchers.submit", "stage=base", "dry_run=true", "cluster=dev"],
         ["launchers.pipeline", "dry_run=true", "cluster=local"],
         ["launchers.serve", "--help"],
+        ["launchers.doctor", "--help"],
         ["launchers.serve", "inputs.model=a/b", "cluster=h100", "serve.engine=transformers", "dry_run=true"],
         ["launchers.pipeline", "dry_run=true", "cluster=local", "sft.lr=1e-5,1e-4", "-m"],
     ],
