@@ -274,7 +274,9 @@ def check_slurm(order: Order) -> None:
     asks = order.cfg.slurm
     per_gpu = asks.cpus_per_gpu // max(1, order.gpus)
     try:
-        check_cluster({order.served.name: replace(order.cfg, slurm=replace(asks, cpus_per_gpu=per_gpu))})
+        offline = order.cfg.offline or order.served.local
+        cfg = replace(order.cfg, offline=offline, slurm=replace(asks, cpus_per_gpu=per_gpu))
+        check_cluster({order.served.name: cfg})
     except ConfigError as error:  # in the words of the command
         words = {"slurm.gpus_per_node": "serve.gpus", "slurm.wall_time": "serve.wall_time"}
         key, fix = words.get(error.key, error.key), error.fix

@@ -302,6 +302,54 @@ def partitions(conf: str | None = None) -> dict[str, Partition] | Unknown:
     return answer if isinstance(answer, Unknown) else parse_partitions(answer)
 
 
+# ------------------------------------------------------------------ what launchers.doctor asks about the cluster
+
+QOS_FIELDS = "Name,Flags,GraceTime,PreemptMode,MaxWall,MaxJobsPU,MaxSubmitPU,MaxTRES,MaxTRESPU,GrpTRES,GrpSubmit"
+ASSOCIATION_FIELDS = "Cluster,Account,Partition,QOS,DefaultQOS,MaxJobs,MaxSubmit,MaxWall,MaxTRES,GrpTRES,GrpSubmit"
+
+
+def show_version(conf: str | None = None) -> str | Unknown:
+    """What `sinfo --version` prints."""
+    return _ask("sinfo", "--version", conf=conf)
+
+
+def ping(conf: str | None = None) -> str | Unknown:
+    """What `scontrol ping` prints: one line a controller."""
+    return _ask("scontrol", "ping", conf=conf)
+
+
+def show_config(conf: str | None = None) -> str | Unknown:
+    """The controller's settings, a line each."""
+    return _ask("scontrol", "show", "config", conf=conf, timeout=LOOK_S)
+
+
+def show_partitions(conf: str | None = None) -> str | Unknown:
+    """The partitions' settings, a line each."""
+    return _ask("scontrol", "--oneliner", "show", "partition", conf=conf, timeout=LOOK_S)
+
+
+def show_nodes(conf: str | None = None) -> str | Unknown:
+    """partition|state|nodes|GRES|features, a line for nodes that are alike."""
+    return _ask("sinfo", "--noheader", "--exact", "--format=%P|%T|%D|%G|%f", conf=conf, timeout=LOOK_S)
+
+
+def show_qos(conf: str | None = None) -> str | Unknown:
+    """QOS_FIELDS of each QOS. Asks the accounting database."""
+    return _ask("sacctmgr", "--noheader", "--parsable2", "show", "qos", f"format={QOS_FIELDS}", conf=conf)
+
+
+def show_associations(conf: str | None = None) -> str | Unknown:
+    """ASSOCIATION_FIELDS of what the user may charge jobs to. Asks the accounting database."""
+    argv = ("sacctmgr", "--noheader", "--parsable2", "show", "assoc", f"user={getpass.getuser()}")
+    return _ask(*argv, f"format={ASSOCIATION_FIELDS}", conf=conf)
+
+
+def show_accounting(conf: str | None = None) -> str | Unknown:
+    """Your jobs since midnight as sacct knows them: whether it answers at all."""
+    argv = ("sacct", "--noheader", "--allocations", "--parsable2", "--format=JobID")
+    return _ask(*argv, f"--user={getpass.getuser()}", conf=conf)
+
+
 def cancel(ids: Sequence[str], conf: str | None = None, only_pending: bool = False) -> Unknown | None:
     """Cancel jobs. Unknown where SLURM did not take the request; jobs that are gone already are no error.
 

@@ -19,6 +19,7 @@ MODULES = [
     "launchers.steer", "launchers.cancel", "launchers.requeue", "launchers.hold", "launchers.release",
     "launchers.repair",
     "launchers.logs", "launchers.why",
+    "launchers.doctor", "launchers.site",
 ]  # fmt: skip
 
 
@@ -59,6 +60,7 @@ def test_import(module: str) -> None:
         ["launchers.pipeline", "dry_run=true", "cluster=local"],
         ["launchers.serve", "--help"],
         ["launchers.logs", "--help"],
+        ["launchers.doctor", "--help"],
         ["launchers.serve", "inputs.model=a/b", "cluster=h100", "serve.engine=transformers", "dry_run=true"],
         ["launchers.pipeline", "dry_run=true", "cluster=local", "sft.lr=1e-5,1e-4", "-m"],
     ],
