@@ -15,7 +15,7 @@ MODULES = [
     "launchers.submit", "launchers.pipeline", "launchers.status", "launchers.compare", "launchers.devcluster",
     "launchers.local", "launchers.executor", "launchers.render", "conf.schema", "conf.check", "post_training.run.life",
     "launchers.prefetch", "conf.chat", "post_training.chat", "launchers.push", "launchers.card", "launchers.report",
-    "launchers.charts", "post_training.run.environment", "launchers.serve", "launchers.page",
+    "launchers.charts", "post_training.run.environment", "launchers.serve", "launchers.page", "launchers.plan", "launchers.simulate",
 ]  # fmt: skip
 
 
@@ -57,6 +57,8 @@ def test_import(module: str) -> None:
         ["launchers.serve", "--help"],
         ["launchers.serve", "inputs.model=a/b", "cluster=h100", "serve.engine=transformers", "dry_run=true"],
         ["launchers.pipeline", "dry_run=true", "cluster=local", "sft.lr=1e-5,1e-4", "-m"],
+        ["launchers.plan", "--help"],
+        ["launchers.plan", "cluster=dev", "--no-queue", "--step-seconds", "sft=1"],
     ],
 )
 def test_commands(argv: list[str], forbidding: dict[str, str], tmp_path: Path) -> None:
