@@ -15,7 +15,8 @@ MODULES = [
     "launchers.submit", "launchers.pipeline", "launchers.status", "launchers.compare", "launchers.devcluster",
     "launchers.local", "launchers.executor", "launchers.render", "conf.schema", "conf.check", "post_training.run.life",
     "launchers.prefetch", "conf.chat", "post_training.chat", "launchers.push", "launchers.card", "launchers.report",
-    "launchers.charts", "post_training.run.environment", "launchers.serve", "launchers.page", "launchers.plan", "launchers.simulate",
+    "launchers.charts", "post_training.run.environment", "launchers.serve", "launchers.page",
+    "launchers.plan", "launchers.simulate",
 ]  # fmt: skip
 
 

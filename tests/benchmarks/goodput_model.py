@@ -1,17 +1,18 @@
 """Goodput as launchers.simulate foretells it, beside goodput as real runs on the emulated cluster had it.
 
-    python -m tests.benchmarks.goodput_model [--seeds 6] [--record FILE] [--recorded FILE]
+    python -m tests.benchmarks.goodput_model [--seeds 12] [--record FILE] [--recorded FILE]
 
 Job script, SLURM, requeues, ledger and its account are the real ones. The training process is a paced one: it sleeps
 for its start, its steps and its saves, and otherwise does as the trainer does (it stops on request, saves, leaves, and
 goes on from its newest save), so that many runs fit on one machine and its load changes little.
 
-    calibration    one kill half-way; all of the model's seconds are measured here, and nowhere else
+    calibration    killed 40 s after each start; all of the model's seconds are measured here, and nowhere else
     planned-<n>    a wall time of n minutes and a lead of 1: stop after stop, no kill
     kill-<seed>    kill -9 of the training process, exponential in the seconds since the attempt began
     both-<seed>    kills, and a wall time of 3 minutes
 
-Each run is foretold from the calibration's seconds and the settings alone: `mean` over draws of the model's own, and
+All runs are alive at once, so that the machine's load is the same for all: it changes start-up by seconds. Each run is
+foretold from the calibration's seconds and the settings alone: `mean` over draws of the model's own, and
 `drawn` with the kill times that the run's seed drew, from the same stream. Measured is the ledger's account
 (post_training.run.accounting). --record keeps the ledgers; --recorded compares kept ones and starts no cluster.
 """
@@ -45,7 +46,8 @@ from post_training.run.directory import RunDirectory
 from tests.slurm_fixture import short_folder
 
 PACE = {"startup": 5.0, "step": 0.2, "save": 0.5}
-STEPS, SAVE_STEPS, MTTF_S = 600, 50, 45.0
+STEPS, SAVE_STEPS, MTTF_S = 600, 50, 90.0
+CALIBRATION_KILL_S = 40.0
 PLANNED_ONLY = 10**6
 """Steps between saves of the runs that are not killed: they save when they are stopped."""
 
@@ -150,12 +152,11 @@ class Paced:
 
 
 def measure(seeds: int) -> list[dict[str, Any]]:
-    """Run everything on a cluster of its own: the calibration first, then all others side by side."""
+    """Run everything side by side on a cluster of its own."""
     folder = short_folder()
     try:
         cluster, base = dc.up(folder), folder / "outputs"
-        together = [Paced(cluster, base, "calibration", [30.0], steps=200)]
-        _wait(together)
+        together = [Paced(cluster, base, "calibration", [CALIBRATION_KILL_S] * 60)]
         for minutes in (2, 3):
             together.append(Paced(cluster, base, f"planned-{minutes}", [], minutes, PLANNED_ONLY))
         for seed in range(1, seeds + 1):
@@ -188,18 +189,17 @@ def _wait(runs: list[Paced]) -> None:
 
 
 def calibrate(run: dict[str, Any]) -> dict[str, float]:
-    """The model's seconds, from the calibration's two attempts alone: the first one killed, the second one done."""
-    killed, done = (span for span in accounting.spans(run["events"]) if span.attempt is not None)
+    """The model's seconds, from the calibration run alone: all of its attempts but the last were killed."""
+    *killed, done = (span for span in accounting.spans(run["events"]) if span.attempt is not None)
     began = {e["attempt"]: e["time"] for e in run["events"] if e["event"] == "attempt_started"}
     training = {e["attempt"]: e["time"] for e in run["events"] if e["event"] == "training_started"}
-    saves = [e["seconds"] for e in run["events"] if e["event"] == "checkpoint_saved"]
-    first = next(e["step"] for e in run["events"] if e["event"] == "training_started" and e["attempt"] == 2)
+    last = next(e["step"] for e in run["events"] if e["event"] == "training_started" and e["attempt"] == done.attempt)
     return {
-        "startup_seconds": statistics.mean(training[n] - began[n] for n in began),
-        "step_seconds": (done.seconds["steps"] + done.seconds.get("redone", 0.0)) / (run["steps"] - first),
-        "save_seconds": statistics.median(saves),
+        "startup_seconds": statistics.mean(training[n] - began[n] for n in training),
+        "step_seconds": (done.seconds["steps"] + done.seconds.get("redone", 0.0)) / (run["steps"] - last),
+        "save_seconds": statistics.mean(e["seconds"] for e in run["events"] if e["event"] == "checkpoint_saved"),
         "teardown_seconds": done.seconds.get("teardown", 0.0),
-        "detect_seconds": max(0.0, killed.end - killed.start - run["kills"][0]),
+        "detect_seconds": statistics.mean(max(0.0, one.end - one.start - CALIBRATION_KILL_S) for one in killed),
     }
 
 
@@ -262,7 +262,7 @@ def together(rows: list[dict[str, Any]], kind: str) -> tuple[float, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=6, help="runs that are killed; half as many get both")
+    parser.add_argument("--seeds", type=int, default=12, help="runs that are killed; half as many get both")
     parser.add_argument("--record", type=Path, help="keep the ledgers in this file")
     parser.add_argument("--recorded", type=Path, help="compare these ledgers; no cluster is started")
     args = parser.parse_args()
