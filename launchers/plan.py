@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from conf import memory
-from conf.check import SAMPLING, gpus_per_node, parse_wall_time, world_size
+from conf.check import SAMPLING, ConfigError, gpus_per_node, parse_wall_time, world_size
 from conf.schema import UNTRAINED, Config
 from launchers import cli, graph, site, slurm, table
 from launchers.errors import LaunchError
 from launchers.preflight import shape_known
 from launchers.selection import Selection, select
-from launchers.simulate import EARLY_S, Forecast, Life, best_interval, forecast, quantiles, with_nodes
+from launchers.simulate import EARLY_S, Life, best_interval, forecast, quantiles, with_nodes
 from post_training.run import accounting
 from post_training.run.directory import RunDirectory, load_yaml
 
@@ -336,15 +336,34 @@ def life_of(
 
 
 Queue = Mapping[str, Any]
+There = Mapping[str, tuple[str, int]]
+"""By stage: what submit would do about it (launchers.submission.decide), and the step it would go on from."""
+
+
+def what_is_there(selection: Selection) -> tuple[There, str | None]:
+    """What submit would find in the run directories, and why it would refuse the command, if so. SLURM is not asked."""
+    from launchers.submission import make_plan
+
+    try:
+        planned = make_plan(selection, ask=False)
+    except (ConfigError, LaunchError) as error:
+        return {}, str(error).replace("\n  fix:", "; fix:")
+    return {
+        name: (one.decision, 0 if one.from_scratch else one.history.checkpoint_step or 0)
+        for name, one in planned.stages.items()
+    }, None
 
 
 def estimate(
-    selection: Selection, assumed: Assumed, runs: Sequence[Measured], queues: Mapping[str, Queue], hold: float
-) -> dict[str, Any]:
+    selection: Selection, assumed: Assumed, runs: Sequence[Measured], queues: Mapping[str, Queue], hold: float,
+    there: There | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Everything that the table and the JSON show. queues: by stage, what SLURM said of its start. Asks nobody."""
     stages, walls = [], {}
     for name, cfg in selection.configs.items():
-        row, lived = _row(name, cfg, assumed, runs, queues.get(name, {"wait_seconds": None, "why": "not asked"}), hold)
+        decision, done = (there or {}).get(name, ("new", 0))
+        queue = queues.get(name, {"wait_seconds": None, "why": "not asked"})
+        row, lived = _row(name, cfg, assumed, runs, queue, hold, decision, done)
         stages.append(row)
         walls[name] = lived
     needs = {n: [up for up in graph.upstream(selection.stages[n]) if up in walls] for n in selection.wanted}
@@ -356,8 +375,9 @@ def estimate(
 
 
 def _row(
-    name: str, cfg: Config, assumed: Assumed, runs: Sequence[Measured], queue: Queue, hold: float
-) -> tuple[dict[str, Any], tuple[float, ...]]:
+    name: str, cfg: Config, assumed: Assumed, runs: Sequence[Measured], queue: Queue, hold: float, decision: str,
+    done: int,
+) -> tuple[dict[str, Any], tuple[float, ...]]:  # fmt: skip
     """One stage's row, and the wall times of its simulated lives; none where they are not known."""
     shape = shape_known(cfg)
     gpus = cfg.slurm.num_nodes * gpus_per_node(cfg)
@@ -369,9 +389,11 @@ def _row(
             "bytes": needed.total, "moment": needed.moment, "text": needed.text(),
             "limit_bytes": cfg.cluster.gpu_memory_gb and cfg.cluster.gpu_memory_gb * memory.GIB,
         },
-        "disk_bytes": None, "unknown": [],
+        "disk_bytes": None, "unknown": [], "decision": decision, "goes_on_from": done,
     }  # fmt: skip
-    result: Forecast | None = None
+    if decision == "done":
+        nothing = {"steps": None, "step_seconds": None, "life": None, "checkpoint": None}
+        return row | nothing | _plainly(0.0, gpus, {"wait_seconds": 0.0}), ()
     if cfg.stage in UNTRAINED:
         seen = next((run for run in runs if run.whole is not None and alike(cfg, run.config, exact=False)), None)
         row |= {"steps": None, "step_seconds": None, "life": None, "checkpoint": None}
@@ -395,7 +417,7 @@ def _row(
     if life is None:
         return row | {"life": None, "checkpoint": {"bytes": size}} | _plainly(None, gpus, queue), ()
     wait = queue.get("wait_seconds")
-    life = replace(life, queue_seconds=wait or 0.0)
+    life = replace(life, queue_seconds=wait or 0.0, steps=max(1, life.steps - done))
     result = forecast(life)
     best = best_interval(life)
     cycle = life.cycle_steps
@@ -544,15 +566,20 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         seconds = "?" if step["value"] is None else f"{_three(step['value'])} {SHORT[step['source']]}"
     goodput = row["goodput"]
     shown = "" if goodput is None else _spread(goodput)
-    every = (row["checkpoint"] or {}).get("every_seconds")
+    point = row["checkpoint"] or {}
+    every = point.get("every_seconds")
+    if every and steps is not None and (steps["value"] or 0) <= point["every_steps"]:
+        every = None  # it saves at its end alone
+    counted = "done" if row["decision"] == "done" else ""
+    if steps is not None:
+        counted = "?" if steps["value"] is None else f"{steps['value']:.0f}"
     needed, wait = row["memory"], row["queue"].get("wait_seconds")
     memory_shown = ""
     if needed is not None:
         limit = needed["limit_bytes"]
         memory_shown = f"{needed['bytes'] / memory.GIB:.1f}" + (f"/{limit / memory.GIB:.0f}" if limit else "")
     return [
-        row["stage"], nodes, "" if steps is None else "?" if steps["value"] is None else f"{steps['value']:.0f}",
-        seconds,
+        row["stage"], nodes, counted, seconds,
         "?" if row["held_seconds"] is None else span(row["held_seconds"]),
         "?" if row["gpu_hours"] is None else _three(row["gpu_hours"]),
         unknown if row["requeues"] is None else f"{row['requeues']:.1f}".removesuffix(".0"),
@@ -574,7 +601,7 @@ def _spread(goodput: Mapping[str, float]) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f}"
+    return f"{100 * share:.1f}" if 0.99 < share < 0.9995 else f"{100 * share:.0f}"
 
 
 def span(seconds: float) -> str:
@@ -626,6 +653,11 @@ def _columns(
 def _said(told: Mapping[str, Any], room: int | None) -> Iterator[tuple[str, str]]:
     """The lines below the table: what about, and what."""
     stages = told["stages"]
+    if told.get("refused"):
+        yield "warning", f"submitted now, it would be refused: {told['refused']}"
+    undone = [row for row in stages if row["goes_on_from"] and row["decision"] != "done"]
+    if undone:
+        yield "goes on", ", ".join(f"{row['stage']} from step {row['goes_on_from']}" for row in undone)
     unknown: dict[tuple[str, str], list[str]] = {}
     for row in stages:
         for one in row["unknown"]:
@@ -791,7 +823,9 @@ def act(selection: Selection, args: argparse.Namespace) -> int:
     first = next(iter(cfgs.values()))
     runs = earlier_runs(selection.output_base, {cfg.stage for cfg in cfgs.values()})
     queues = {} if args.no_queue else ask_queues(selection)
-    told = estimate(selection, assumed, runs, queues, site.read(selection.output_base, first.cluster.name).requeue_hold)
+    hold = site.read(selection.output_base, first.cluster.name).requeue_hold
+    there, refused = what_is_there(selection)
+    told = estimate(selection, assumed, runs, queues, hold, there) | {"refused": refused}
     simulated = [row for row in told["stages"] if row["life"] is not None]
     if args.nodes and simulated:
         row = max(simulated, key=lambda row: row["gpu_hours"])
