@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launchers import simulate
 from launchers.simulate import Life, best_interval, forecast, live, requeues_needed, with_nodes
 from post_training.run.accounting import NAMES, save_interval
 from tests.benchmarks import goodput_model
@@ -45,19 +46,15 @@ def test_every_second_has_a_name_and_every_step_counts_once(life: Life, seed: in
         assert one.seconds["redone"] == one.seconds["lost"] == 0  # a planned stop loses no step
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(LIVES, st.integers(0, 5))
-def test_cycles_at_once_are_cycles_one_by_one(life: Life, seed: int) -> None:
-    """The same life with every save by itself: preemption and failure are where they were."""
-    life = replace(life, save_every_seconds=math.inf, save_steps=life.save_steps or 7)
-    seen = live(life, Random(seed))
-    # a time of exactly one cycle makes no difference to when it saves, and takes the way through single segments
-    slow = replace(life, save_every_seconds=(life.save_steps or 7) * life.step_seconds * 0.999999)
-    if slow.cycle_steps != life.cycle_steps:
-        return
-    single = live(slow, Random(seed))
-    if math.isinf(life.wall_seconds) and math.isinf(life.preempted_every_seconds):
-        assert single.seconds == pytest.approx(dict(seen.seconds), abs=1e-6)
+def test_many_cycles_at_once_are_the_same_as_one_by_one(life: Life, seed: int) -> None:
+    quick = live(life, Random(seed))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simulate, "_whole_cycle", lambda *_: None)
+        slow = live(life, Random(seed))
+    assert dict(quick.seconds) == pytest.approx(dict(slow.seconds), abs=1e-6)
+    assert (quick.attempts, quick.stops, quick.failures) == (slow.attempts, slow.stops, slow.failures)
 
 
 @settings(max_examples=100, deadline=None)
@@ -92,6 +89,36 @@ def test_planned_stops_are_a_formula() -> None:
     assert one.seconds["hold"] == 121 * one.stops
     assert requeues_needed(1000, 300, 60, 20, early_seconds=0) == one.stops
     assert requeues_needed(1000, 100, 60, 60) is None
+
+
+def test_a_kill_second_by_second() -> None:
+    """Start-up 10 s, saves after 20 and 40 steps, and a kill in the 48th: seven are done again and half a one is lost."""
+    life = Life(
+        steps=100, step_seconds=1, startup_seconds=10, save_seconds=5, teardown_seconds=3, save_steps=20,
+        hold_seconds=121, detect_seconds=6,
+    )  # fmt: skip
+    one = live(life, Random(0), iter([67.5]))
+    told = {name: value for name, value in one.seconds.items() if value}
+    assert told == {
+        "startup": 20, "steps": 100, "redone": 7, "saving": 25, "teardown": 3, "lost": 6.5, "hold": 121,
+    }  # fmt: skip
+    assert (one.attempts, one.failures, one.stops) == (2, 1, 0)
+    in_a_save = live(life, Random(0), iter([33.0])).seconds
+    assert (in_a_save["saving"], in_a_save["redone"], in_a_save["lost"]) == (3 + 25, 20, 6)
+    at_the_start = live(life, Random(0), iter([4.0])).seconds
+    assert (at_the_start["startup"], at_the_start["redone"], at_the_start["lost"]) == (14, 0, 6)
+
+
+def test_warnings_come_early_by_chance() -> None:
+    life = Life(
+        steps=150, step_seconds=1, startup_seconds=0, save_seconds=0, teardown_seconds=0, wall_seconds=200,
+        lead_seconds=60, early_seconds=30,
+    )  # fmt: skip
+    again = [live(life, Random(seed)) for seed in range(200)]
+    assert {one.attempts for one in again} == {2}
+    shorter = replace(life, steps=125)  # the first warning comes after 110 to 140 s
+    stops = sum(live(shorter, Random(seed)).stops for seed in range(200)) / 200
+    assert stops == pytest.approx(0.5, abs=0.12)
 
 
 @pytest.mark.parametrize("save_steps", [300, 600, 1500])

@@ -1,6 +1,6 @@
 """Goodput as launchers.simulate foretells it, beside goodput as real runs on the emulated cluster had it.
 
-    python -m tests.benchmarks.goodput_model [--seeds 12] [--record FILE] [--recorded FILE]
+    python -m tests.benchmarks.goodput_model [--seeds 12] [--trained] [--record FILE] [--recorded FILE]
 
 Job script, SLURM, requeues, ledger and its account are the real ones. The training process is a paced one: it sleeps
 for its start, its steps and its saves, and otherwise does as the trainer does (it stops on request, saves, leaves, and
@@ -12,20 +12,25 @@ goes on from its newest save), so that many runs fit on one machine and its load
     both-<seed>    kills, and a wall time of 3 minutes
 
 All runs are alive at once, so that the machine's load is the same for all: it changes start-up by seconds. Each run is
-foretold from the calibration's seconds and the settings alone: `mean` over draws of the model's own, and
-`drawn` with the kill times that the run's seed drew, from the same stream. Measured is the ledger's account
-(post_training.run.accounting). --record keeps the ledgers; --recorded compares kept ones and starts no cluster.
+foretold from the calibration's seconds and the settings alone: `mean` over draws of the model's own, and `foretold`
+with the kill times that the run's seed drew. Measured is the ledger's account (post_training.run.accounting).
+
+--trained has the quickstart's base stage train instead, one run after the other: then what the calibration measured
+before holds as far as the machine's load stays. --record keeps the ledgers; --recorded compares kept ones and starts
+no cluster (tests/golden/goodput.json was recorded so, fields that nobody reads left out).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import time
 from itertools import chain, repeat
@@ -33,6 +38,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import psutil
 import yaml
 
 from conf.schema import Cluster, Config, Slurm
@@ -45,6 +51,7 @@ from post_training.run import accounting, ledger, manifest
 from post_training.run.directory import RunDirectory
 from tests.slurm_fixture import short_folder
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 PACE = {"startup": 5.0, "step": 0.2, "save": 0.5}
 STEPS, SAVE_STEPS, MTTF_S = 600, 50, 90.0
 CALIBRATION_KILL_S = 40.0
@@ -137,18 +144,71 @@ class Paced:
         if started and started[-1]["attempt"] not in self.struck:
             attempt, began = started[-1]["attempt"], started[-1]["time"]
             due = self.kills[attempt - 1] if attempt <= len(self.kills) else float("inf")
-            pid = self.run.root / f"pid-{attempt}"
-            if time.time() - began >= due and pid.exists() and (text := pid.read_text()):
+            if time.time() - began >= due and (pid := self._pid(attempt)) is not None:
                 self.struck.add(attempt)
-                try:
-                    os.kill(int(text), signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it had left by itself
+                    os.kill(pid, signal.SIGKILL)
                     print(f"{self.name}: attempt {attempt} killed after {due:.1f} s", file=sys.stderr, flush=True)
-                except ProcessLookupError:
-                    pass  # it had left by itself
         return False
+
+    def _pid(self, attempt: int) -> int | None:
+        """Of its training process, once that is there."""
+        with contextlib.suppress(OSError, ValueError):
+            return int((self.run.root / f"pid-{attempt}").read_text())
+        return None
 
     def record(self) -> dict[str, Any]:
         return {"name": self.name, **self.about, "kills": self.kills, "events": ledger.read(self.run.ledger)}
+
+
+class Trained(Paced):
+    """A run of the quickstart's base stage, submitted with the launcher's own command."""
+
+    def __init__(
+        self, cluster: dc.Cluster, base: Path, name: str, kills: list[float], wall_minutes: int = 60,
+        save_steps: int = SAVE_STEPS, steps: int = STEPS,
+    ) -> None:  # fmt: skip
+        self.name, self.kills, self.struck = name, kills, set[int]()
+        self.about = {"steps": 3 * steps, "save_steps": save_steps, "wall_minutes": wall_minutes}
+        self.run = RunDirectory(base / name / "base")
+        subprocess.run(
+            [sys.executable, "-m", "launchers.submit", "pipeline=quickstart", "stage=base", f"run_name={name}",
+             "cluster=dev", f"cluster.slurm_conf={cluster.conf}", f"paths.output_base={base}",
+             f"base.training.max_steps={3 * steps}", f"slurm.wall_time={wall_minutes}",
+             "slurm.signal_time_seconds=60", f"base.checkpointing.save_steps={save_steps}", "logging.report_to=[]",
+             "slurm.max_failures=1000", "slurm.max_attempts_without_progress=1000"],
+            cwd=ROOT, env=cluster.env, check=True, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def _pid(self, attempt: int) -> int | None:
+        for process in psutil.process_iter(["cmdline"]):
+            command = process.info["cmdline"] or []
+            if command[1:] == ["-m", "post_training.train", str(self.run.root)] and "python" in command[0]:
+                with contextlib.suppress(psutil.Error):
+                    if process.environ().get("POST_TRAINING_ATTEMPT") == str(attempt):
+                        return int(process.pid)
+        return None
+
+
+def measure_training(seeds: int) -> list[dict[str, Any]]:
+    """Real training, which keeps the machine busy: one run after the other."""
+    folder = short_folder()
+    found = []
+    try:
+        cluster, base = dc.up(folder), folder / "outputs"
+        settings: list[tuple[str, list[float], int, int]] = [
+            ("calibration", [CALIBRATION_KILL_S], 60, 2 * SAVE_STEPS),
+            ("planned-2", [], 2, PLANNED_ONLY),
+            *((f"kill-{n}", drawn(f"kill-{n}"), 60, 2 * SAVE_STEPS) for n in range(1, seeds + 1)),
+        ]
+        for name, kills, minutes, save_steps in settings:
+            one = Trained(cluster, base, name, kills, minutes, save_steps)
+            _wait([one])
+            found.append(one.record())
+        return found
+    finally:
+        dc.down(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def measure(seeds: int) -> list[dict[str, Any]]:
@@ -263,10 +323,14 @@ def together(rows: list[dict[str, Any]], kind: str) -> tuple[float, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=12, help="runs that are killed; half as many get both")
+    parser.add_argument("--trained", action="store_true", help="real training, one run after the other; no both-<seed>")
     parser.add_argument("--record", type=Path, help="keep the ledgers in this file")
     parser.add_argument("--recorded", type=Path, help="compare these ledgers; no cluster is started")
     args = parser.parse_args()
-    runs = json.loads(args.recorded.read_text()) if args.recorded else measure(args.seeds)
+    if args.recorded:
+        runs = json.loads(args.recorded.read_text())
+    else:
+        runs = (measure_training if args.trained else measure)(args.seeds)
     if args.record:
         args.record.write_text("[\n" + ",\n".join(json.dumps(run) for run in runs) + "\n]\n", encoding="utf-8")
     show(runs)
