@@ -7,6 +7,7 @@ what earlier runs measured, `act` asks SLURM when a job would start and prints. 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import shutil
@@ -581,7 +582,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     return [
         row["stage"], nodes, counted, seconds,
         "?" if row["held_seconds"] is None else span(row["held_seconds"]),
-        "?" if row["gpu_hours"] is None else _three(row["gpu_hours"]),
+        "" if not row["gpus"] else "?" if row["gpu_hours"] is None else _three(row["gpu_hours"]),
         unknown if row["requeues"] is None else f"{row['requeues']:.1f}".removesuffix(".0"),
         shown or unknown, "" if not every else span(every), memory_shown, "?" if wait is None else span(wait),
     ]  # fmt: skip
@@ -751,25 +752,27 @@ def point_lines(point: Mapping[str, Any], width: int) -> Iterator[str]:
     yield ""
     said = f"{point['stage']} over nodes: as many steps, each as long as now (the batch grows with the nodes)"
     yield from textwrap.wrap(said, max(20, width), subsequent_indent="  ")
-    titles = ("NODES", "MTTF OF THE JOB", "SAVE EVERY", "FAILURES", "HELD", "GPU-HOURS", "GOODPUT (10-90 %)")
+    titles = ("NODES", "JOB'S MTTF", "SAVE EVERY", "FAILURES", "HELD", "GPU-HOURS", "GOODPUT (10-90 %)")
     rows = []
     for one in point["points"]:
         shown = _spread(one["goodput"])
         if one["gave_up"]:
-            shown = f"{_percent(one['gave_up'])} % give up"
+            share = f"{_percent(one['gave_up'])} % give up"
+            shown = share if one["gave_up"] > 0.5 else f"{shown}, {share}"
         every, mttf = one["save_every_seconds"], one["mttf_seconds"]
         rows.append([
             f"{one['nodes']:,}", "never" if mttf is None else span(mttf), "" if every is None else span(every),
             _three(one["failures"]), span(one["held_seconds"]), _three(one["gpu_hours"]), shown,
         ])  # fmt: skip
-    yield from _columns(titles, rows, width, ("FAILURES",))
+    yield from _columns(titles, rows, width, ("FAILURES", "HELD"))
 
 
 # ---------------------------------------------------------------------------------------- command line
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m launchers.plan", add_help=False, allow_abbrev=False)
+    usage = "python -m launchers.plan [<key>=<value> ...] [options]; --help says more"
+    parser = argparse.ArgumentParser("python -m launchers.plan", usage, add_help=False, allow_abbrev=False)
     for name in ("--step-seconds", "--steps"):
         parser.add_argument(name, action="append", default=[], type=_of_stage)
     for key, default in vars(Assumed()).items():
@@ -827,8 +830,11 @@ def act(selection: Selection, args: argparse.Namespace) -> int:
     there, refused = what_is_there(selection)
     told = estimate(selection, assumed, runs, queues, hold, there) | {"refused": refused}
     simulated = [row for row in told["stages"] if row["life"] is not None]
-    if args.nodes and simulated:
-        row = max(simulated, key=lambda row: row["gpu_hours"])
+    if args.nodes and not simulated:
+        problem = "--nodes: the steps of no stage, and their seconds, are known"
+        raise LaunchError(problem, "--step-seconds STAGE=SECONDS, and --steps STAGE=STEPS")
+    if args.nodes:
+        row = max(simulated, key=lambda row: row["held_seconds"])
         told["nodes"] = [{"stage": row["stage"], "points": over_nodes(row, args.nodes)}]
     room = _room(selection.output_base)
     told["disk_free_bytes"] = room
@@ -855,7 +861,13 @@ def main(argv: list[str] | None = None) -> int:
     from launchers.prefetch import names_a_stage
 
     args, rest = _parser().parse_known_args(sys.argv[1:] if argv is None else argv)
-    return cli.run(lambda tokens: select(tokens, names_a_stage(tokens)), lambda s: act(s, args), USAGE, rest)
+
+    def choose(tokens: list[str]) -> Selection:
+        # cluster=auto says what it took: not between the lines of a program's JSON
+        with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+            return select(tokens, names_a_stage(tokens))
+
+    return cli.run(choose, lambda selection: act(selection, args), USAGE, rest)
 
 
 if __name__ == "__main__":

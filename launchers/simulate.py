@@ -12,7 +12,6 @@ times that change along a run, ends in which not even the last save is whole, an
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
@@ -268,23 +267,3 @@ def with_nodes(life: Life, nodes: int) -> Life:
     with the nodes, as in weak scaling."""
     wider = replace(life, nodes=nodes)
     return replace(wider, save_steps=None, save_every_seconds=max(best_interval(wider), life.step_seconds))
-
-
-def median_rate(seconds: Sequence[float]) -> float | None:
-    """The middle of what was measured; None where nothing was."""
-    return statistics.median(seconds) if seconds else None
-
-
-def requeues_needed(
-    work_seconds: float, wall_seconds: float, lead_seconds: float, startup_seconds: float,
-    early_seconds: float = EARLY_S / 2,
-) -> int | None:  # fmt: skip
-    """How often a run is still stopped at its wall time and requeued, where nothing fails.
-
-    work_seconds: of steps and periodic saves still to do, from the start of an attempt on. None: an attempt is asked
-    to stop before its start-up is over, and gets one step done at a time.
-    """
-    each = wall_seconds - lead_seconds - early_seconds - startup_seconds
-    if each <= 0:
-        return None
-    return max(0, math.ceil(work_seconds / each - 1e-9) - 1)

@@ -261,6 +261,7 @@ def run_plan(tmp_path: Path, *argv: str, env: dict[str, str] | None = None) -> s
         (["--step-seconds", "sft=-1"], ["--step-seconds"]),
         (["--mttf-hours", "nan"], ["--mttf-hours"]),
         (["--nodes", "0"], ["--nodes"]),
+        (["--nodes", "1,1000"], ["--nodes", "--step-seconds STAGE=SECONDS"]),
         (["slurm.nodes=4"], ["slurm.nodes", "num_nodes"]),
     ],
 )

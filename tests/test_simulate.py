@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launchers import simulate
-from launchers.simulate import Life, best_interval, forecast, live, requeues_needed, with_nodes
+from launchers.simulate import Life, best_interval, forecast, live, with_nodes
 from post_training.run.accounting import NAMES, save_interval
 from tests.benchmarks import goodput_model
 
@@ -87,12 +87,10 @@ def test_planned_stops_are_a_formula() -> None:
     assert (one.attempts, one.stops) == (math.ceil(1000 / each), math.ceil(1000 / each) - 1)
     assert one.held == 1000 + one.attempts * (20 + 5 + 3)
     assert one.seconds["hold"] == 121 * one.stops
-    assert requeues_needed(1000, 300, 60, 20, early_seconds=0) == one.stops
-    assert requeues_needed(1000, 100, 60, 60) is None
 
 
 def test_a_kill_second_by_second() -> None:
-    """Start-up 10 s, saves after 20 and 40 steps, and a kill in the 48th: seven are done again and half a one is lost."""
+    """Start-up 10 s, saves after 20 and 40 steps, a kill in the 48th: seven are done again, half a one is lost."""
     life = Life(
         steps=100, step_seconds=1, startup_seconds=10, save_seconds=5, teardown_seconds=3, save_steps=20,
         hold_seconds=121, detect_seconds=6,
