@@ -149,12 +149,8 @@ def _check_function(key: str, path: str) -> None:
         raise ConfigError(key, path, f"{file} defines no function {name}", nearest(name, functions))
 
 
-def check_memory(cfg: Config) -> None:
-    """Refuse what cannot fit into the GPUs, and rows that learned positions (gpt2) cannot hold.
-
-    A local model's config.json is believed before the config's keys.
-    """
-    shape = memory.shape_of(cfg.model)
+def shape_known(cfg: Config) -> memory.Shape | None:
+    """The model's shape; a local model's config.json is believed before the config's keys. None: not known."""
     for source in (cfg.inputs.model, cfg.model.name_or_path):
         about = Path(source).expanduser() / "config.json" if source is not None else None
         if about is not None and about.is_file():
@@ -162,8 +158,13 @@ def check_memory(cfg: Config) -> None:
                 found = json.loads(about.read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 found = {}
-            shape = memory.shape_from_json(found) if isinstance(found, dict) else None
-            break
+            return memory.shape_from_json(found) if isinstance(found, dict) else None
+    return memory.shape_of(cfg.model)
+
+
+def check_memory(cfg: Config) -> None:
+    """Refuse what cannot fit into the GPUs, and rows that learned positions (gpt2) cannot hold."""
+    shape = shape_known(cfg)
     learned = shape.positions if shape is not None and cfg.stage not in UNTRAINED else 0
     longer = beyond(cfg, learned) if learned else None
     if longer is not None:

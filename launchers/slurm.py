@@ -248,6 +248,40 @@ def sbatch(script: str, comment: str, conf: str | None = None, timeout: float | 
     return Unknown(said) if done.returncode < 0 or _LOST.search(said) else Refused(said)
 
 
+def parse_test(text: str) -> float | None:
+    """When `sbatch --test-only` expects a job to start, seconds since the epoch; None where it does not say. Pure."""
+    match = re.search(r"Job \S+ to start at (\S+) using", text)
+    if match is None:
+        return None
+    try:
+        return time.mktime(time.strptime(match[1], "%Y-%m-%dT%H:%M:%S"))  # SLURM's clock is the site's
+    except (ValueError, OverflowError):
+        return None
+
+
+def expected_start(script: str, conf: str | None = None) -> float | Refused | Unknown:
+    """When SLURM would start a job with this script's text if it were submitted now. Submits nothing.
+
+    Seconds since the epoch; it is the backfill scheduler's guess from the wall times of all jobs.
+    """
+    argv = ["sbatch", "--test-only"]
+    try:
+        done = subprocess.run(
+            argv, env=clean_environment(conf), capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S,
+            input=script, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return Unknown(f"sbatch did not answer within {TIMEOUT_S:g} s")
+    except OSError as error:
+        return Unknown(f"sbatch: {error.strerror}")
+    said = done.stderr.strip() or done.stdout.strip()
+    if done.returncode == 0:
+        start = parse_test(said)
+        return Unknown(f"sbatch did not say when: {said[:200]}") if start is None else start
+    # else it never came to judge the request: no configuration, no controller
+    return Refused(said) if "allocation failure" in said else Unknown(said or f"sbatch: status {done.returncode}")
+
+
 def find_submitted(comment: str, conf: str | None = None) -> JobRecord | Unknown | None:
     """Your job with exactly this comment, whatever its state. Looks again for LOOK_S: a controller too busy to answer
     sbatch may also take the job late, and squeue may be as silent as sbatch was."""

@@ -20,6 +20,7 @@ MODULES = [
     "launchers.repair",
     "launchers.logs", "launchers.why",
     "launchers.doctor", "launchers.site",
+    "launchers.plan", "launchers.simulate",
 ]  # fmt: skip
 
 
@@ -63,6 +64,8 @@ def test_import(module: str) -> None:
         ["launchers.doctor", "--help"],
         ["launchers.serve", "inputs.model=a/b", "cluster=h100", "serve.engine=transformers", "dry_run=true"],
         ["launchers.pipeline", "dry_run=true", "cluster=local", "sft.lr=1e-5,1e-4", "-m"],
+        ["launchers.plan", "--help"],
+        ["launchers.plan", "cluster=dev", "--no-queue", "--step-seconds", "sft=1"],
     ],
 )
 def test_commands(argv: list[str], forbidding: dict[str, str], tmp_path: Path) -> None:
