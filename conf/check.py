@@ -14,6 +14,14 @@ from conf.schema import LENGTHS, TECHNIQUES, TEMPLATES, UNTRAINED, Config, Gener
 
 GUARDRAILS = ("nan", "kl", "saturation", "entropy", "spike")
 """Rules of `guardrails`, the worst first."""
+NOTIFIED = ("done", "failed", "stuck", "gated", "cancelled", "requeued", "pipeline")
+"""What `notify.events` can name."""
+MAIL_TYPES = (
+    "NONE", "BEGIN", "END", "FAIL", "REQUEUE", "ALL", "INVALID_DEPEND", "STAGE_OUT", "TIME_LIMIT", "TIME_LIMIT_90",
+    "TIME_LIMIT_80", "TIME_LIMIT_50", "ARRAY_TASKS",
+)  # fmt: skip
+"""What sbatch takes as --mail-type."""
+ADDRESS = re.compile(r"[^\s,;<>@]+@[^\s,;<>@]+")
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16", "float16"),
@@ -227,6 +235,7 @@ def check_run(cfg: Config) -> None:
     if cfg.run_name is not None and not NAME.fullmatch(cfg.run_name):
         raise ConfigError("run_name", cfg.run_name, "is used as a folder's name", "use letters, digits and . _ - = , +")
     _check_slurm(cfg)
+    check_notify(cfg)
     _check_model(cfg)
     _check_data(cfg)
     if cfg.stage not in UNTRAINED:
@@ -366,6 +375,31 @@ def _check_logging(cfg: Config) -> None:
         if "WANDB_API_KEY" in cfg.slurm.env:
             fix = "leave it out, and export WANDB_API_KEY in the shell that submits"
             raise ConfigError("slurm.env.WANDB_API_KEY", "...", "a secret must not be in a frozen config", fix)
+
+
+def check_notify(cfg: Config) -> None:
+    """Refuse notices that cannot be sent, and secrets in the config. Raises ConfigError."""
+    how = cfg.notify
+    for event in how.events:
+        if event not in NOTIFIED:
+            raise ConfigError("notify.events", event, "nothing that is told", nearest(event, NOTIFIED))
+    for address in how.mail.split(",") if how.mail is not None else ():
+        if not ADDRESS.fullmatch(address.strip()):
+            raise ConfigError("notify.mail", how.mail, "not an address", "notify.mail=name@example.org")
+    if how.smtp is not None:
+        if how.mail is None:
+            raise ConfigError("notify.smtp", how.smtp, "nobody is written to", "notify.mail=<your address>")
+        if not re.fullmatch(r"[A-Za-z0-9._-]+(:\d{1,5})?", how.smtp):
+            raise ConfigError("notify.smtp", how.smtp, "not host or host:port", "notify.smtp=mail.example.org:25")
+    if "POST_TRAINING_WEBHOOK" in cfg.slurm.env:
+        fix = "leave it out, and export POST_TRAINING_WEBHOOK in the shell that submits"
+        raise ConfigError("slurm.env.POST_TRAINING_WEBHOOK", "...", "a secret must not be in a frozen config", fix)
+    user = cfg.slurm.mail_user
+    if user is not None and not re.fullmatch(r"[^\s,;<>]+", user):
+        raise ConfigError("slurm.mail_user", user, "not one address or user", "slurm.mail_user=name@example.org")
+    for kind in cfg.slurm.mail_type:
+        if kind.upper() not in MAIL_TYPES:
+            raise ConfigError("slurm.mail_type", kind, "unknown to sbatch", nearest(kind.upper(), MAIL_TYPES))
 
 
 def _check_slurm(cfg: Config) -> None:

@@ -165,6 +165,23 @@ class Slurm:
     env: dict[str, str] = key({}, "environment variables of the job; secrets belong in your own environment")
     constraint: str | None = key(None, "node features wanted, as in --constraint")
     exclude: str | None = key(None, "nodes not to be used, as in --exclude")
+    mail_user: str | None = key(None, "address that SLURM's controller writes to, as in --mail-user; null: to nobody")
+    mail_type: list[str] = key(["FAIL", "INVALID_DEPEND"], "mail_user: of what SLURM writes, as in --mail-type")
+
+
+@dataclass
+class Notify:
+    """Who is told how runs end. The webhook's address is a secret: it stands in POST_TRAINING_WEBHOOK alone, in the
+    environment of the shell that submits."""
+
+    events: list[str] = key(
+        ["done", "failed", "stuck", "gated", "pipeline"],
+        "what is told, of a run: done, failed, stuck (stopped without progress), gated, cancelled, requeued; pipeline: "
+        "its last stage is done",
+    )
+    webhook: bool = key(False, "posted to the address in POST_TRAINING_WEBHOOK (Slack, Mattermost, Discord, ...)")
+    mail: str | None = key(None, "mailed by the job itself to these addresses, by commas; see slurm.mail_user too")
+    smtp: str | None = key(None, "mail server without password, host or host:port; null: the node's own sendmail")
 
 
 @dataclass
@@ -511,6 +528,7 @@ class Config:
     checkpointing: Checkpointing = key(Checkpointing(), "what is saved, and when")
     slurm: Slurm = key(Slurm(), "what each job asks for; under cluster=local wall time, signal and CPUs hold too")
     cluster: Cluster = key(Cluster(), "where jobs run")
+    notify: Notify = key(Notify(), "who is told how runs end")
     lora: Lora = key(Lora(), "adapters instead of all weights; not for base")
     parallel: Parallel = key(Parallel(), "how ranks share the work")
     logging: Logging = key(Logging(), "what is logged, and where to")

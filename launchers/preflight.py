@@ -31,7 +31,7 @@ from conf.schema import UNTRAINED, Config
 from launchers import benchmarks, graph, slurm
 from launchers.errors import LaunchError
 from launchers.hub import cache_of, in_cache
-from post_training.run import ledger, life, manifest
+from post_training.run import ledger, life, manifest, notify
 from post_training.run.directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -147,6 +147,15 @@ def _check_function(key: str, path: str) -> None:
     functions = [node.name for node in _parse_own(key, file).body if isinstance(node, ast.FunctionDef)]
     if name not in functions:
         raise ConfigError(key, path, f"{file} defines no function {name}", nearest(name, functions))
+
+
+def check_webhook(cfg: Config) -> None:
+    """Refuse a webhook whose address is in nobody's environment."""
+    if cfg.notify.webhook and not os.environ.get(notify.ADDRESS):
+        problem = f"{notify.ADDRESS} is not set in this shell, and jobs get its environment"
+        raise ConfigError(
+            "notify.webhook", "true", problem, f"export {notify.ADDRESS}=https://..., or notify.webhook=false"
+        )
 
 
 def check_memory(cfg: Config) -> None:

@@ -57,6 +57,8 @@ def sbatch_options(cfg: Config, run: RunDirectory, dependency: list[str]) -> dic
         "time": slurm.wall_time,
         "constraint": slurm.constraint,
         "exclude": slurm.exclude,
+        "mail-user": slurm.mail_user,
+        "mail-type": ",".join(slurm.mail_type) if slurm.mail_user is not None else None,
         # SLURM puts values in the place of %j and the like, also in a folder's name
         "output": str(run.slurm).replace("%", "%%") + "/slurm-%j.out",
         "error": str(run.slurm).replace("%", "%%") + "/slurm-%j.err",

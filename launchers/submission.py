@@ -33,6 +33,7 @@ PIPELINE_FILE = "pipeline.json"
 Frozen = dict[str, Any]
 SECTIONS = (
     "model", "data", "training", "lora", "checkpointing", "slurm", "cluster", "parallel", "logging", "guardrails",
+    "notify",
 )  # fmt: skip
 
 

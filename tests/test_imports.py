@@ -16,6 +16,7 @@ MODULES = [
     "launchers.local", "launchers.executor", "launchers.render", "conf.schema", "conf.check", "post_training.run.life",
     "launchers.prefetch", "conf.chat", "post_training.chat", "launchers.push", "launchers.card", "launchers.report",
     "launchers.charts", "post_training.run.environment", "launchers.serve", "launchers.page",
+    "launchers.notify", "post_training.run.notify",
 ]  # fmt: skip
 
 
