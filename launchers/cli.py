@@ -69,7 +69,7 @@ def _through_hydra(args: list[str]) -> tuple[int, list[list[str]]]:
     from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
 
-    from launchers.compose import CONF, check_token, register, swept, translate
+    from launchers.compose import CONF, check_token, register, search_path, swept, translate
 
     def is_override(arg: str) -> bool:
         return not arg.startswith("-") and ("=" in arg or arg.startswith("~"))
@@ -98,6 +98,8 @@ def _through_hydra(args: list[str]) -> tuple[int, list[list[str]]]:
         with tempfile.TemporaryDirectory(prefix="post_training-sweep-") as folder:
             # Hydra writes a file and folders for every sweep: none of them here
             extra = [f"hydra.sweep.dir={folder}"] if multirun else []
+            quoted = [place.replace("\\", "\\\\").replace("'", "\\'") for place in search_path()]
+            extra += [f"hydra.searchpath=['{place}']" for place in quoted]
             sys.argv = [before[0], *flags, *extra, *tokens]
             hydra.main(version_base="1.3", config_path=str(CONF), config_name="hydra")(task)()
     except (HydraException, OmegaConfBaseException) as error:

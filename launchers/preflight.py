@@ -31,8 +31,8 @@ from conf.schema import UNTRAINED, Config
 from launchers import benchmarks, graph, site, slurm
 from launchers.errors import LaunchError
 from launchers.hub import cache_of, in_cache
-from post_training.run import ledger, life, manifest
-from post_training.run.directory import RunDirectory
+from post_training.run import ledger, life, manifest, notify
+from post_training.run.directory import RunDirectory, is_there
 
 if TYPE_CHECKING:
     from launchers.submission import Plan
@@ -147,6 +147,29 @@ def _check_function(key: str, path: str) -> None:
     functions = [node.name for node in _parse_own(key, file).body if isinstance(node, ast.FunctionDef)]
     if name not in functions:
         raise ConfigError(key, path, f"{file} defines no function {name}", nearest(name, functions))
+
+
+def check_places(cfg: Config) -> None:
+    """Refuse a virtual environment and an image that are not where the config says: jobs look there too."""
+    if cfg.slurm.venv is not None:
+        venv = Path(cfg.slurm.venv).expanduser()
+        if not (venv / "bin" / "activate").is_file():
+            fix = f"python3 -m venv {venv}; of one that is on the nodes alone: slurm.setup=['source .../activate']"
+            raise ConfigError("slurm.venv", cfg.slurm.venv, "holds no virtual environment", fix)
+    image = cfg.container.image
+    a_file = image is not None and (cfg.container.runtime != "pyxis" or image.startswith(("/", ".", "~")))
+    if image is not None and a_file and not is_there(Path(image).expanduser()):
+        fix = "container.image=<a file or folder that the nodes see too>"
+        raise ConfigError("container.image", image, "there is no such file", fix)
+
+
+def check_webhook(cfg: Config) -> None:
+    """Refuse a webhook whose address is in nobody's environment."""
+    if cfg.notify.webhook and not os.environ.get(notify.ADDRESS):
+        problem = f"{notify.ADDRESS} is not set in this shell, and jobs get its environment"
+        raise ConfigError(
+            "notify.webhook", "true", problem, f"export {notify.ADDRESS}=https://..., or notify.webhook=false"
+        )
 
 
 def shape_known(cfg: Config) -> memory.Shape | None:

@@ -11,7 +11,7 @@ from conf.check import ConfigError, check_run, nearest
 from conf.schema import Config, Node
 from launchers import graph, slurm
 from launchers.compose import Composer, Layers, groups, split, stage_overrides
-from launchers.preflight import check_memory, check_paths, naming
+from launchers.preflight import check_memory, check_paths, check_places, check_webhook, naming
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,8 @@ def select(tokens: Sequence[str], only_one: bool) -> Selection:
         with naming(name):
             check_run(cfg)
             check_paths(cfg)
+            check_places(cfg)
+            check_webhook(cfg)
             check_memory(cfg)
         _check_gate(stages, name, config)
     return Selection(

@@ -21,6 +21,7 @@ MODULES = [
     "launchers.logs", "launchers.why",
     "launchers.doctor", "launchers.site",
     "launchers.plan", "launchers.simulate",
+    "launchers.notify", "post_training.run.notify",
 ]  # fmt: skip
 
 

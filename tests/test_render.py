@@ -16,11 +16,12 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from conf.schema import Cluster, Config, Slurm
+from conf.schema import Cluster, Config, Container, Paths, Slurm
 from launchers.render import job_script, sbatch_options
 from launchers.submit import SOURCE, snapshot
 from post_training.run import ledger, life, manifest
@@ -33,6 +34,12 @@ NASTY = 'it\'s 100% "quoted" $HOME `x` & %j'
 
 def cfg(scheduler: str, **slurm: object) -> Config:
     return Config(cluster=Cluster(name=scheduler, scheduler=scheduler), slurm=Slurm(**slurm))  # type: ignore[arg-type]
+
+
+def contained(scheduler: str, env: dict[str, str] | None = None, **container: Any) -> Config:
+    given = {"image": "/data/it's mine/train.sif", "mounts": ["/hf", "/scratch/me:/scratch:ro"], **container}
+    config = cfg(scheduler, env=env or {}, gpus_per_node=8 if scheduler == "slurm" else 0)
+    return replace(config, container=Container(**given), paths=Paths(output_base="/data/outputs"))
 
 
 CASES: dict[str, tuple[Config, str, list[str]]] = {
@@ -51,6 +58,22 @@ CASES: dict[str, tuple[Config, str, list[str]]] = {
         f"/data/{NASTY}/full/ppo",
         ["17", "18"],
     ),
+    "slurm_venv": (cfg("slurm", venv="/data/it's mine/venv", modules=["cuda/12.4"]), "/data/outputs/full/sft", []),
+    "slurm_conda": (
+        cfg("slurm", conda="it's mine", setup=["export PATH=/opt/conda/bin:$PATH"]), "/data/outputs/full/sft", [],
+    ),
+    "slurm_apptainer": (contained("slurm", env={"HF_HOME": "/hf"}), "/data/outputs/full/sft", []),
+    "slurm_pyxis": (
+        contained(
+            "slurm", image="nvcr.io#nvidia/pytorch:25.01-py3", runtime="pyxis", arguments=["--container-remap-root"]
+        ),
+        f"/data/{NASTY}/full/sft", [],
+    ),
+    "slurm_pyxis_host_python": (
+        contained("slurm", image="/data/images/train.sqsh", runtime="pyxis", host_python="/usr/bin/python3"),
+        "/data/outputs/full/sft", [],
+    ),
+    "local_apptainer": (contained("local"), "/data/outputs/full/sft", []),
     "slurm_cpu": (cfg("slurm", gpus_per_node=0, num_nodes=2, cpus_per_gpu=2), "/data/outputs/full/eval", ["3"]),
 }  # fmt: skip
 

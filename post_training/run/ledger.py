@@ -17,6 +17,7 @@ Every line has `time` (seconds since the epoch), `event` and `version`. The even
     stopped            attempt, step                   the attempt saved and left on request
     attempt_ended      attempt, code, outcome, action, reason, ...      see run.life
     avoided            job_id, nodes                   the job was requeued away from these nodes before it began
+    notified           what, attempt, ways, problems   somebody was told of it, or could not be; see run.notify
     cancelled          reason                          by the user, or because an upstream stage failed
 """
 

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from post_training.run import gate, ledger, manifest, progress
+from post_training.run import gate, ledger, manifest, notify, progress
 from post_training.run.directory import ATTEMPT_MARK, Fenced, RunDirectory, write_atomic
 from post_training.run.history import FAILED, History, summarise
 
@@ -518,10 +518,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.command == "begin":
             nodes = re.split(r"[,\s]+", args.nodes.strip()) if args.nodes.strip() else []
-            begun = patiently(
-                lambda: begin(run, args.job_id, nodes, args.restart_count, args.sole, args.gone, args.cluster),
-                PATIENCE_S,
-            )
+            try:
+                begun = patiently(
+                    lambda: begin(run, args.job_id, nodes, args.restart_count, args.sole, args.gone, args.cluster),
+                    PATIENCE_S,
+                )
+            except RuntimeError:
+                notify.tell(run)  # it gave up before it began
+                raise
+            if begun.attempt is not None or begun.code in (DONE, GATED):  # else another job has the run
+                notify.tell(run)
             if begun.code == DONE:
                 print(f"{run.root} is finished: nothing to do", file=sys.stderr)
             elif begun.code == GATED:
@@ -532,7 +538,8 @@ def main(argv: list[str] | None = None) -> int:
                 print(begun.attempt if begun.attempt is not None else begun.says)
             return begun.code
         if args.command == "guard":
-            print("requeue" if patiently(lambda: guard(run, args.attempt), 5.0) else "exit")
+            print("requeue" if patiently(lambda: guard(run, args.attempt), 5.0) else "exit", flush=True)
+            notify.tell(run)
             return 0
         word = parse_word(args.job, args.node_states, args.restart_count)
         if args.command == "stop":
@@ -556,6 +563,7 @@ def _end(run: RunDirectory, args: argparse.Namespace, word: Word) -> str:
         # not recorded; the next attempt closes this one, and waits for room itself
         print(f"the end of attempt {args.attempt} could not be recorded: {error}", file=sys.stderr)
         return "wait" if signal == "TERM" else "requeue"
+    notify.tell(run)  # nothing where the job is to be requeued: that must not wait
     if ending.cancelled:
         return "cancel"
     if ending.by_slurm:
