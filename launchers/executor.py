@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths, UncompletedJobError
 
 from launchers import slurm
-from launchers.errors import LaunchError, Unanswered
+from launchers.errors import Full, LaunchError, Unanswered
 from launchers.table import tail
 from post_training.run import ledger, manifest
 from post_training.run.directory import RunDirectory, write_atomic
@@ -156,7 +156,8 @@ def take(script: Path, folder: Path, name: str, conf: str | None) -> str:
     comment = f"{os.path.realpath(folder)}{slurm.TOKEN}{secrets.token_hex(4)}"
     answer = slurm.sbatch(str(script), comment, conf=conf)
     if isinstance(answer, slurm.Refused):
-        raise LaunchError(f"{name}: SLURM refused the job: {answer.why}")
+        problem = f"{name}: SLURM refused the job: {answer.why}"
+        raise Full(problem) if slurm.at_limit(answer) else LaunchError(problem)
     if isinstance(answer, str):
         try:
             return str(submitit.SlurmExecutor._get_job_id_from_submission_command(answer))

@@ -214,6 +214,11 @@ def sbatch(script: str, comment: str, conf: str | None = None, timeout: float | 
     return Unknown(said) if done.returncode < 0 or _LOST.search(said) else Refused(said)
 
 
+def at_limit(refused: Refused) -> bool:
+    """Whether a job was refused for the number of jobs that are in the queue already: later it may be taken. Pure."""
+    return re.search(r"MaxSubmit|job submit limit|MaxJobCount", refused.why) is not None
+
+
 def find_submitted(comment: str, conf: str | None = None) -> JobRecord | Unknown | None:
     """Your job with exactly this comment, whatever its state. Looks again for LOOK_S: a controller too busy to answer
     sbatch may also take the job late, and squeue may be as silent as sbatch was."""

@@ -181,6 +181,7 @@ def test_a_local_pipeline_runs_once_and_is_reused(bench: Bench) -> None:
         "run_dir": str(bench.run("rlhf", "ppo").root),
         "stage": "ppo",
         "after": ["sft", "rm"],
+        "identity": bench.run("rlhf", "ppo").read_config()["identity"],
     }
     sft = bench.run("rlhf", "sft")
     config = sft.read_config()
@@ -339,8 +340,9 @@ def test_a_gate_stops_the_chain_behind_it_and_another_bound_goes_on(bench: Bench
 def test_a_sweep_makes_a_pipeline_a_point_and_shares_what_is_the_same(bench: Bench) -> None:
     done = bench("pipeline", "pipeline=dpo", "sft.lr=1e-5,1e-4", "-m")
     assert done.returncode == 0, done.stdout + done.stderr
-    names = sorted(p.name for p in bench.base.iterdir())
+    names = sorted(p.name for p in bench.base.iterdir() if p.name != ".sweeps")
     assert names == ["dpo-sft.lr=0.0001", "dpo-sft.lr=1e-05"]
+    assert [p.name for p in (bench.base / ".sweeps").iterdir()] == ["dpo-sft.lr"]
     assert (bench.base / names[1] / "base").is_dir() and not (bench.base / names[0] / "base").exists()
     assert {p.name for p in bench.folder.iterdir()} == {NASTY, "stub"}  # Hydra left nothing
 

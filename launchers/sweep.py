@@ -1,0 +1,232 @@
+"""Submit the points of a sweep: all planned before the first job, what is the same in several of them run once.
+
+    python -m launchers.pipeline -m dpo.beta=0.1,0.3
+
+Every point is a pipeline with a folder of its own, whose pipeline.json names shared runs where they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from conf.check import ConfigError
+from launchers import points, submit
+from launchers.cli import Sweep
+from launchers.errors import Full
+from launchers.preflight import check_cluster, check_leads
+from launchers.selection import Selection
+from launchers.submission import PIPELINE_FILE, Plan, Planned, make_plans
+from launchers.submit import Undo
+from post_training.run import ledger, life, manifest
+
+SHOWN = 20
+"""Points that are listed one by one."""
+
+
+def launch(sweep: Sweep, selections: Sequence[Selection]) -> int:
+    """Plan, write and submit every point; or print what would be done. Returns the exit status.
+
+    Raises as submit.launch does, and leaves as little behind. 1: SLURM took a part of the jobs, or a gate is closed.
+    """
+    _check_alike(selections)
+    status = 0
+    for together in _rounds(selections):
+        first = together[0]
+        if first.dry_run:
+            plans = make_plans(together, ask=False)
+            check_leads(plans)
+            print("\n".join(map(submit.preview, plans)), end="")
+            show(sweep, plans)
+        elif first.config(first.wanted[0]).cluster.scheduler == "local":
+            status = max(status, _launch_here(sweep, together))
+        else:
+            status = max(status, _launch_on_slurm(sweep, together))
+        sys.stdout.flush()
+    return status
+
+
+def _rounds(selections: Sequence[Selection]) -> list[list[Selection]]:
+    """What is submitted at once: several stages of one pipeline (-m stage=sft,dpo) come one after the other."""
+    rounds: list[dict[str, Selection]] = []
+    for selection in selections:
+        free = next((one for one in rounds if selection.run_name not in one), None)
+        if free is None:
+            rounds.append(free := {})
+        free[selection.run_name] = selection
+    return [list(one.values()) for one in rounds]
+
+
+def _check_alike(selections: Sequence[Selection]) -> None:
+    """Refuse points on several clusters, or in several output folders: they could share nothing."""
+    for key, value in {
+        "cluster": lambda s: s.config(s.wanted[0]).cluster.name, "paths.output_base": lambda s: str(s.output_base),
+    }.items():  # fmt: skip
+        several = list(dict.fromkeys(map(value, selections)))
+        if len(several) > 1:
+            raise ConfigError(key, ",".join(several), "is one for all points of a sweep", f"a sweep for each {key}")
+
+
+def _launch_here(sweep: Sweep, selections: Sequence[Selection]) -> int:
+    """Run the points on this machine, in the foreground, one after the other."""
+    plans = make_plans(selections)
+    points.record(selections[0].output_base, sweep.name, sweep.points)
+    status = 0
+    for i, (selection, plan) in enumerate(zip(selections, plans, strict=True), 1):
+        print(f"point {i} of {len(plans)}: {plan.name}", flush=True)
+        shared = [p for p in plan.stages.values() if p.owner is not None]
+        failed = next((p for p in shared if manifest.problem(p.run.model) is not None), None)
+        if failed is not None:
+            print(f"{plan.name}: left out: {failed.name} of {failed.run.pipeline} did not finish", file=sys.stderr)
+            status = max(status, 1)
+            continue
+        status = max(status, submit.launch(selection, table=False))
+        if status == 130:
+            return status
+    print(_next_steps(sweep, plans[0]))
+    return status
+
+
+def _launch_on_slurm(sweep: Sweep, selections: Sequence[Selection]) -> int:
+    distinct = {repr(s.config(name).slurm): (name, s.config(name)) for s in selections for name in s.wanted}
+    check_cluster(dict(distinct.values()))
+    left: list[Planned] = []
+    why = ""
+    with _locked(selections):
+        plans = make_plans(selections)
+        check_leads(plans)
+        with submit.undo_on_failure(plans) as undo:
+            code = submit.snapshot()
+            for plan in plans:
+                submit.write(plan, undo, code)
+            tell_owners(plans)
+            submit.cancel_stale(plans)
+            try:
+                _submit(plans, undo)
+            except Full as error:
+                left, why = _drop(plans, undo), error.problem
+                if not undo.submitted:
+                    raise
+        points.record(selections[0].output_base, sweep.name, sweep.points)
+    show(sweep, plans)
+    status = max(submit.tell_gates(plan) for plan in plans)
+    if left:
+        done = len(undo.submitted)
+        print(
+            f"{done} of {done + len(left)} jobs submitted: {why}\n"
+            "  fix: the same command when some have ended: it adds those that are missing", file=sys.stderr,
+        )  # fmt: skip
+        return 1
+    return status
+
+
+@contextlib.contextmanager
+def _locked(selections: Sequence[Selection]) -> Iterator[None]:
+    """Hold the locks of all points' folders, in one order for all commands."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 3 * len(selections) + 256
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        enough = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
+    with contextlib.ExitStack() as stack:
+        for folder in sorted(s.output_base / s.run_name for s in selections):
+            stack.enter_context(submit.pipeline_lock(folder))
+        yield
+
+
+def tell_owners(plans: Sequence[Plan]) -> None:
+    """Write into the ledgers of runs that are not done which other pipelines use them: what fails takes those along."""
+    users: dict[Path, list[Planned]] = {}
+    names: dict[Path, list[str]] = {}
+    for plan in plans:
+        for planned in plan.stages.values():
+            if planned.elsewhere and planned.decision in ("shared", "live"):
+                users.setdefault(planned.run.root, []).append(planned)
+                names.setdefault(planned.run.root, []).append(plan.name)
+    for root, using in users.items():
+        known = {folder.name for folder in life.pipelines_of(using[0].run)}
+        new = [name for name in names[root] if name not in known]
+        if new:
+            ledger.append(using[0].run.ledger, "shared", pipelines=new)
+
+
+def _submit(plans: Sequence[Plan], undo: Undo) -> None:
+    """Submit what these plans are to, upstream first. Raises LaunchError; Full where SLURM takes no more."""
+    total = sum(planned.to_submit for plan in plans for planned in plan.stages.values())
+    with _progress(total) as tell:
+        for plan in plans:
+            for planned in plan.stages.values():
+                submit.submit_one(plan, planned, undo)
+                tell(len(undo.submitted))
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """Say on a terminal how many of so many jobs are submitted."""
+    quiet = total < SHOWN or not sys.stderr.isatty()
+
+    def tell(done: int) -> None:
+        if not quiet:
+            print(f"\rsubmitted {done} of {total} jobs", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield tell
+    finally:
+        if not quiet:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _drop(plans: Sequence[Plan], undo: Undo) -> list[Planned]:
+    """Remove the folders of what was not submitted. Returns what that is."""
+    left = []
+    for plan in plans:
+        missing = [p for p in plan.stages.values() if p.to_submit and p.job_id is None]
+        left += missing
+        for planned in missing:
+            if planned.run.root in undo.made:
+                undo.made.remove(planned.run.root)
+                shutil.rmtree(planned.run.root, ignore_errors=True)
+        if missing and not any(p.to_submit and p.job_id is not None for p in plan.stages.values()):
+            submit.put_back(plan.folder / PIPELINE_FILE, undo.descriptions[plan.folder / PIPELINE_FILE])
+    return left
+
+
+# --------------------------------------------------------------------------------------------- showing
+
+
+def show(sweep: Sweep, plans: Sequence[Plan]) -> None:
+    """One line a point: its own jobs, and what it shares."""
+    jobs = sum(planned.to_submit for plan in plans for planned in plan.stages.values())
+    print(f"sweep {sweep.name}: {len(plans)} points, {jobs} {'job' if jobs == 1 else 'jobs'} to submit")
+    rows = [("point", "own", "jobs", "shared", "before")]
+    for plan in plans:
+        stages = plan.stages.values()
+        own = [planned for planned in stages if planned.to_submit]
+        ids = list(dict.fromkeys(planned.job_id for planned in own if planned.job_id is not None))
+        shared = sum(p.decision == "shared" or (p.decision == "live" and p.elsewhere) for p in stages)
+        rows.append(
+            (
+                plan.name, str(len(own)), f"{ids[0]} to {ids[-1]}" if len(ids) > 1 else "".join(ids) or "-",
+                str(shared), str(sum(p.decision in ("done", "live") for p in stages) - sum(
+                    p.decision == "live" and p.elsewhere for p in stages)),
+            )
+        )  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows if len(rows) <= SHOWN else [*rows[: SHOWN - 2], *rows[-1:]]:
+        if len(rows) > SHOWN and row is rows[-1]:
+            print(f"... {len(rows) - SHOWN} more")
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for plan in plans:
+        if len(plans) > 1 and plan is not plans[0] and all(p.owner is not None for p in plan.stages.values()):
+            whose = next(iter(plan.stages.values())).run.pipeline
+            print(f"{plan.name} is the same as {whose}: what differs changes no output")
+    print(_next_steps(sweep, plans[0]), flush=True)
+
+
+def _next_steps(sweep: Sweep, plan: Plan) -> str:
+    which = submit.hint(plan, f"sweep={sweep.name}")
+    return f"look:     python -m launchers.status {which}\ncompare:  python -m launchers.compare {which}"
