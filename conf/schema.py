@@ -165,6 +165,9 @@ class Slurm:
     env: dict[str, str] = key({}, "environment variables of the job; secrets belong in your own environment")
     constraint: str | None = key(None, "node features wanted, as in --constraint")
     exclude: str | None = key(None, "nodes not to be used, as in --exclude")
+    array_parallelism: int | None = key(
+        None, "sweeps: points that run a stage at a time, which is one job array then; null: a job each, no limit"
+    )
 
 
 @dataclass

@@ -64,13 +64,18 @@ class JobRecord:
     submit_time: str  # ISO, or N/A
     start_time: str  # ISO, when it started or is expected to; or N/A
     dependency: str
-    comment: str  # for jobs of ours: the run directory, and a token of the submission
+    comment: str  # for jobs of ours: the run directory, or the array's folder, and a token of the submission
 
     @property
     def folder(self) -> str:
-        """The run directory that its comment names; "" where it names none."""
-        folder = self.comment.partition(TOKEN)[0]
-        return folder if folder.startswith("/") else ""
+        """The run directory that its comment names; "" where it names none.
+
+        An array's folder has a link to each run's slurm/: of an element the path goes through it, for realpath.
+        """
+        folder, element = self.comment.partition(TOKEN)[0], self.job_id.partition("_")[2]
+        if not folder.startswith("/"):
+            return ""
+        return f"{folder}/{element}/.." if element else folder
 
     @property
     def live(self) -> bool:
@@ -167,7 +172,7 @@ def jobs(
 
     A job that is not in the answer is one that SLURM has forgotten, or never knew.
     """
-    base = ("squeue", "--noheader", "--states=all", f"--format={_FIELDS}")
+    base = ("squeue", "--noheader", "--array", "--states=all", f"--format={_FIELDS}")
     if ids is None:
         answer = _ask(*base, f"--user={user or getpass.getuser()}", conf=conf, timeout=timeout)
         return answer if isinstance(answer, Unknown) else parse_jobs(answer)
@@ -232,6 +237,15 @@ def find_submitted(comment: str, conf: str | None = None) -> JobRecord | Unknown
         if time.monotonic() > deadline:
             return found if isinstance(found, Unknown) else None
         time.sleep(1)
+
+
+def max_array_size(conf: str | None = None) -> int | Unknown:
+    """The cluster's MaxArraySize: an element's highest number, plus one."""
+    answer = _ask("scontrol", "show", "config", conf=conf)
+    if isinstance(answer, Unknown):
+        return answer
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", answer, re.MULTILINE)
+    return int(found[1]) if found else Unknown("scontrol show config names no MaxArraySize")
 
 
 def parse_gres(text: str) -> dict[str | None, int]:

@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from conf.check import ConfigError
-from launchers import points, submit
+from launchers import points, render, site, slurm, submit
 from launchers.cli import Sweep
-from launchers.errors import Full
+from launchers.errors import Full, LaunchError
 from launchers.preflight import check_cluster, check_leads
 from launchers.selection import Selection
 from launchers.submission import PIPELINE_FILE, Plan, Planned, make_plans
 from launchers.submit import Undo
 from post_training.run import ledger, life, manifest
+from post_training.run.directory import RunDirectory
 
 SHOWN = 20
 """Points that are listed one by one."""
@@ -106,7 +109,7 @@ def _launch_on_slurm(sweep: Sweep, selections: Sequence[Selection]) -> int:
             tell_owners(plans)
             submit.cancel_stale(plans)
             try:
-                _submit(plans, undo)
+                _submit(sweep.name, plans, undo)
             except Full as error:
                 left, why = _drop(plans, undo), error.problem
                 if not undo.submitted:
@@ -154,14 +157,101 @@ def tell_owners(plans: Sequence[Plan]) -> None:
             ledger.append(using[0].run.ledger, "shared", pipelines=new)
 
 
-def _submit(plans: Sequence[Plan], undo: Undo) -> None:
+def _submit(name: str, plans: Sequence[Plan], undo: Undo) -> None:
     """Submit what these plans are to, upstream first. Raises LaunchError; Full where SLURM takes no more."""
-    total = sum(planned.to_submit for plan in plans for planned in plan.stages.values())
-    with _progress(total) as tell:
-        for plan in plans:
-            for planned in plan.stages.values():
-                submit.submit_one(plan, planned, undo)
+    for plan in plans:
+        for planned in plan.stages.values():
+            if planned.decision == "live" and planned.job_id != planned.history.job_id:
+                submit.submit_one(plan, planned, undo)  # only writes it down
+    waiting = [(i, planned) for i, plan in enumerate(plans) for planned in plan.stages.values() if planned.to_submit]
+    arrays = any(planned.cfg.slurm.array_parallelism for _, planned in waiting)
+    size = _array_size(plans[0]) if arrays else 1
+    with _progress(len(waiting)) as tell:
+        for i, planned in waiting if not arrays else ():  # a whole chain at a time, should a limit be reached
+            submit.submit_one(plans[i], planned, undo)
+            tell(len(undo.submitted))
+        while arrays and waiting:
+            groups: dict[Any, list[tuple[int, Planned]]] = {}
+            later = []
+            for i, planned in waiting:
+                if all(_is_submitted(plans[i].stages[up]) for up in planned.after if up in plans[i].stages):
+                    groups.setdefault(_alike(plans[i], planned, i, size), []).append((i, planned))
+                else:
+                    later.append((i, planned))
+            for members in groups.values():
+                if len(members) > 1:
+                    _submit_array(name, plans, members, size, undo)
+                else:
+                    submit.submit_one(plans[members[0][0]], members[0][1], undo)
                 tell(len(undo.submitted))
+            waiting = later
+
+
+def _is_submitted(planned: Planned) -> bool:
+    source = planned if planned.owner is None else planned.owner
+    return not source.to_submit or source.job_id is not None
+
+
+def _array_size(plan: Plan) -> int:
+    """How many elements an array may have, as doctor found it, or SLURM says. Raises ConfigError, LaunchError."""
+    size: int | slurm.Unknown | None = site.read(plan.output_base, plan.cluster).max_array_size
+    if size is None:
+        size = slurm.max_array_size(plan.slurm_conf)
+    if isinstance(size, slurm.Unknown):
+        raise LaunchError(f"how long an array may be SLURM does not say: {size.why}", "slurm.array_parallelism=null")
+    if size < 2:
+        problem = f"the cluster takes no job arrays (MaxArraySize={size})"
+        raise ConfigError("slurm.array_parallelism", "", problem, "slurm.array_parallelism=null")
+    return size
+
+
+def _alike(plan: Plan, planned: Planned, i: int, size: int) -> Hashable:
+    """Equal for runs that can be elements of one array: one script, one size of array, the same to wait for. Pure.
+
+    A point's number in the sweep is its number in all arrays, so that an element follows that of the same point.
+    """
+    if not planned.cfg.slurm.array_parallelism:
+        return plan.name, planned.name
+    script = render.job_script(planned.cfg, RunDirectory(Path("/")), submit.python_of(planned))
+    afterok, follows = waits(submit.dependencies(plan, planned), i % size)
+    return planned.name, planned.cfg.slurm.array_parallelism, i // size, script, tuple(afterok), tuple(follows)
+
+
+def waits(ids: Sequence[str], number: int) -> tuple[list[str], list[str]]:
+    """Jobs that an element waits for as a whole, and arrays of which it waits for the element of its number. Pure."""
+    follows = [array for job_id in ids for array, _, element in [job_id.partition("_")] if element == str(number)]
+    return [job_id for job_id in ids if job_id.partition("_")[2] != str(number)], follows
+
+
+def _submit_array(
+    name: str, plans: Sequence[Plan], members: Sequence[tuple[int, Planned]], size: int, undo: Undo
+) -> None:
+    """Submit runs that are alike as one array; where SLURM takes no more jobs, as many of them as it takes."""
+    from launchers.executor import submit_array
+
+    i, first = members[0]
+    plan = plans[i]
+    folder = points.folder(plan.output_base, name) / f"{first.name}-{secrets.token_hex(4)}"
+    runs = {number % size: planned.run for number, planned in members}
+    afterok, follows = waits(submit.dependencies(plan, first), i % size)
+    limit = first.cfg.slurm.array_parallelism
+    assert limit is not None
+    array = render.Array(f"{name}/{first.name}", folder, runs, limit, tuple(follows))
+    script = render.job_script(first.cfg, first.run, submit.python_of(first), afterok, array)
+    undo.asked = True
+    try:
+        ids = submit_array(array, script, plan.cluster, plan.slurm_conf)
+    except Full:
+        if len(members) == 1:
+            raise
+        half = len(members) // 2
+        _submit_array(name, plans, members[:half], size, undo)
+        _submit_array(name, plans, members[half:], size, undo)
+        return
+    undo.made.append(folder)
+    for number, planned in members:
+        planned.job_id = ids[number % size]
+        undo.submitted.append(planned)
 
 
 @contextlib.contextmanager

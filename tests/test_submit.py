@@ -35,12 +35,13 @@ from post_training.run.directory import RunDirectory
 run = RunDirectory(Path(sys.argv[1]))
 config = run.read_config()
 print("stage", config["name"], "rank", os.environ.get("SLURM_PROCID"), flush=True)
-behave = Path(__file__).with_name(f"behave-{config['name']}")
-behave = behave.read_text() if behave.exists() else "finish"
+names = (f"{config['pipeline']}.{config['name']}", config["name"])
+files = [Path(__file__).with_name(f"behave-{name}") for name in names]
+behave = next((file.read_text() for file in files if file.exists()), "finish")
 if behave == "crash":
     print("it broke", file=sys.stderr)
     sys.exit(7)
-while behave == "wait" and Path(__file__).with_name(f"behave-{config['name']}").exists():
+while behave == "wait" and any(file.exists() for file in files):
     time.sleep(0.1)
 if os.environ.get("SLURM_PROCID", "0") == "0":
     for source in config["inputs"].values():

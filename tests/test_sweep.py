@@ -16,7 +16,7 @@ from launchers.errors import LaunchError
 from launchers.selection import Selection, select
 from launchers.submission import Plan, make_plans, stale
 from launchers.sweep import _rounds
-from post_training.run import ledger, life
+from post_training.run import ledger, life, manifest
 from post_training.run.directory import RunDirectory
 from post_training.run.history import summarise
 from tests.slurm_fixture import wait_for
@@ -228,6 +228,54 @@ def test_points_share_what_is_queued_and_fail_together(cluster: Bench, devcluste
     assert done.returncode == 0 and "10 jobs to submit" in done.stdout, done.stdout + done.stderr
     assert job_of(cluster.run(POINTS[1], "eval_grpo")).result() == cluster.run(POINTS[1], "eval_grpo").model
     assert summaries(cluster, f"{POINTS[0]}/base")[f"{POINTS[0]}/base"].attempts == 1
+
+
+@pytest.mark.slurm
+def test_points_as_elements_of_arrays(cluster: Bench, devcluster: dc.Cluster) -> None:
+    """Never more of a stage at a time than asked for; a requeue, a failure and a look are those of one element."""
+    tokens = ("pipeline=dpo", "dpo.beta=0.1,0.3,0.5", "slurm.array_parallelism=2", "slurm.max_failures=1", "-m")
+    names = ["dpo-dpo.beta=0.1", "dpo-dpo.beta=0.3", "dpo-dpo.beta=0.5"]
+    cluster.behave("dpo", "wait")
+    cluster.behave(f"{names[2]}.dpo", "crash")
+    done = cluster("pipeline", *tokens)
+    assert done.returncode == 0, done.stdout + done.stderr
+    seen = jobs_of(cluster)
+    assert len(seen) == 4 + 3 * 4, sorted(seen)
+    array, _, _ = seen[f"{names[0]}/dpo"].job_id.partition("_")
+    assert [seen[f"{name}/dpo"].job_id for name in names] == [f"{array}_{i}" for i in range(3)]
+    assert "_" not in seen[f"{names[0]}/sft"].job_id
+    assert seen[f"{names[1]}/grpo"].dependency == f"aftercorr:{array}_*(unfulfilled)"
+    assert seen[f"{names[1]}/dpo"].dependency == f"afterok:{seen[f'{names[0]}/sft'].job_id}(unfulfilled)"
+
+    def states() -> list[str]:
+        now = jobs_of(cluster)
+        return [now[f"{name}/dpo"].state for name in names]
+
+    wait_for("two at a time", lambda: states().count("RUNNING") == 2, 60)
+    run = cluster.run(names[0], "dpo")
+    wait_for("the first trains", lambda: run.stdout(f"{array}_0").exists() and run.stdout(f"{array}_0").read_text(), 30)
+    third = jobs_of(cluster)[f"{names[2]}/dpo"]
+    assert (third.state, third.reason) == ("PENDING", "JobArrayTaskLimit")
+    run.ledger.rename(cluster.folder / "ledger")  # as if the command had died before it wrote that down
+    again = cluster("pipeline", *tokens)
+    assert again.returncode == 0 and "3 points, 0 jobs" in again.stdout, again.stdout + again.stderr
+    assert ledger.read(run.ledger)[0]["job_id"] == f"{array}_0"
+    (cluster.folder / "ledger").rename(run.ledger)
+
+    devcluster.run("scontrol", "requeue", f"{array}_0")
+    wait_for("the third has its turn and fails", lambda: states()[2] == "FAILED", 60)
+    assert states().count("RUNNING") <= 2
+    cluster.behave("dpo", None)
+    wait_for("no job is left", lambda: not any(job.live for job in jobs_of(cluster).values()), 90)
+    for name in names[:2]:
+        models = {stage: manifest.problem(cluster.run(name, stage).model) for stage in ("dpo", "grpo", "eval_grpo")}
+        assert set(models.values()) == {None}, (name, models)
+    found = summaries(cluster, f"{names[0]}/dpo", f"{names[2]}/dpo", f"{names[2]}/grpo", f"{names[2]}/eval_grpo")
+    assert (found[f"{names[0]}/dpo"].attempts, found[f"{names[0]}/dpo"].job_id) == (2, f"{array}_0")
+    assert found[f"{names[2]}/dpo"].gave_up
+    assert "it broke" in cluster.run(names[2], "dpo").stderr(f"{array}_2").read_text()
+    for stage in ("grpo", "eval_grpo"):
+        assert found[f"{names[2]}/{stage}"].reason.startswith("upstream dpo failed"), found
 
 
 @pytest.mark.slurm
