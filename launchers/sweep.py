@@ -90,6 +90,10 @@ def _launch_here(sweep: Sweep, selections: Sequence[Selection]) -> int:
         status = max(status, submit.launch(selection, table=False))
         if status == 130:
             return status
+    from launchers import compare
+
+    print()
+    compare.show_sweep(selections[0].output_base, sweep.name)
     print(_next_steps(sweep, plans[0]))
     return status
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from conf.check import ConfigError
-from launchers import cli, points, slurm
+from launchers import cli, compare, points, slurm
 from launchers import devcluster as dc
 from launchers.compose import rewrite, rewrite_stage
 from launchers.errors import LaunchError
@@ -175,6 +176,63 @@ def test_on_this_machine_a_shared_stage_that_fails_leaves_the_other_points_out(b
     assert done.returncode == 1, done.stdout + done.stderr
     assert "dpo-dpo.beta=0.3: left out: sft of dpo-dpo.beta=0.1 did not finish" in done.stderr
     assert not (bench.base / "dpo-dpo.beta=0.3").exists()
+
+
+# --------------------------------------------------------------------------------------- the points' table
+
+
+def judged(base: Path, point: str, **scores: float | None) -> None:
+    """A pipeline whose stages have been judged, each with this accuracy; None: not yet."""
+    stages: dict[str, Any] = {}
+    for stage, score in scores.items():
+        root = base / (point if stage != "sft" else "shared")  # one run for all points
+        for name, technique in ((stage, stage), (f"eval_{stage}", "eval")):
+            run = RunDirectory(root / name)
+            run.create()
+            source = {"path": str(root / stage / "model"), "run_dir": str(root / stage), "identity": None}
+            inputs = {"model": source} if technique == "eval" else {}
+            config = {"stage": technique, "name": name, "inputs": inputs, "data": {"name": "d"}}
+            run.config.write_text(json.dumps(config))
+            stages[name] = {"run_dir": str(run.root), "stage": technique, "after": []}
+            if score is not None:
+                run.model.mkdir(exist_ok=True)
+                if technique == "eval":
+                    figure = {"value": score, "low": score - 0.05, "high": score + 0.05}
+                    found = {"accuracy": figure, "perplexity_text": {"value": 10 * score}}
+                    run.results.write_text(json.dumps({"version": 2, "headline": "accuracy", "figures": found}))
+                manifest.write(run.model)
+    (base / point / "pipeline.json").write_text(json.dumps({"stages": stages}))
+
+
+def test_one_table_of_all_points_the_best_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    judged(tmp_path, "p-a", sft=0.2, dpo=0.4, grpo=0.5)
+    judged(tmp_path, "p-b", sft=0.2, dpo=0.5, grpo=0.7)
+    judged(tmp_path, "p-c", sft=0.2, dpo=0.3, grpo=None)
+    points.record(tmp_path, "p", {f"p-{x}": {"dpo.beta": f"0.{i}", "seed": "1"} for i, x in enumerate("abc", 1)})
+    where = ["sweep=p", f"paths.output_base={tmp_path}"]
+    assert compare.main(where) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert "the best accuracy of grpo first" in " ".join(lines[0])
+    assert lines[1] == ["dpo.beta", "seed", "dpo", "grpo", "pipeline"], "sft is the same for all"
+    assert lines[2] == ["1", "0.2", "1", "50.0", "%", "+-", "5.0", "70.0", "%", "+-", "5.0", "p-b"]
+    assert lines[4] == ["-", "0.3", "1", "30.0", "%", "+-", "5.0", "-", "p-c"]
+    assert compare.main([*where, "--csv"]) == 0
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert [(row["rank"], row["pipeline"], row["dpo.beta"], row["grpo_score"]) for row in rows] == [
+        ("1", "p-b", "0.2", "0.7"), ("2", "p-a", "0.1", "0.5"), ("", "p-c", "0.3", ""),
+    ]  # fmt: skip
+    assert compare.main([*where, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["by"], told["metric"]) == ("grpo", "accuracy")
+    assert told["points"][0]["scores"]["dpo"] == {"headline": "accuracy", "score": 0.5, "low": 0.45, "high": 0.55}
+    assert compare.main([*where, "--markdown"]) == 0
+    assert "| 1 | 0.2 | 1 |" in capsys.readouterr().out
+    assert compare.main([*where, "--all"]) == 0 and "side by side" in capsys.readouterr().out
+    # what a sampler looked at decides: here a figure of which less is better
+    points.record(tmp_path, "p", {}, "eval_dpo/perplexity_text")
+    assert compare.main([*where, "--json"]) == 0
+    assert [point["pipeline"] for point in json.loads(capsys.readouterr().out)["points"]] == ["p-c", "p-a", "p-b"]
+    assert compare.main(["sweep=q", where[1]]) == 2 and "sweep=q: not in" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------- on a real SLURM
