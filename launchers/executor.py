@@ -195,7 +195,7 @@ class RunExecutor(submitit.SlurmExecutor):  # type: ignore[misc]
 
         The job's comment says its run directory, by which the job is found whoever submitted it.
         """
-        write_atomic(self.run.script, self._make_submission_file_text(command, ""))
+        write_atomic(self.run.script, self._make_submission_file_text(command, ""), durable=False)
         return RunJob(self.run.slurm, take(self.run.script, self.run.root, self.run.name, self.slurm_conf))
 
     def submit_run(self) -> RunJob:
@@ -205,7 +205,7 @@ class RunExecutor(submitit.SlurmExecutor):  # type: ignore[misc]
         """
         try:
             with FileLock(self.run.lock, timeout=LOCK_TIMEOUT_S):
-                write_atomic(self.run.failure_count, "0\n")  # as the ledger counts after `submitted`
+                write_atomic(self.run.failure_count, "0\n", durable=False)  # as the ledger counts after `submitted`
                 job = self._submit_command("")
                 ledger.append(self.run.ledger, "submitted", job_id=job.job_id, cluster=self.cluster)
                 return job

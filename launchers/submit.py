@@ -65,7 +65,7 @@ def launch(selection: Selection, table: bool = True) -> int:
         plan = make_plan(selection)
         check_leads([plan])
         with undo_on_failure([plan]) as undo:
-            write(plan, undo, snapshot())
+            write(plan, undo, Code())
             if plan.scheduler == "slurm":
                 submit(plan, undo)
     _show(plan)
@@ -194,12 +194,37 @@ def snapshot() -> dict[str, bytes]:
     }
 
 
-def _write_code(run: RunDirectory, code: dict[str, bytes]) -> None:
-    shutil.rmtree(run.code, ignore_errors=True)
-    for name, content in code.items():
-        path = run.code / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+class Code:
+    """The snapshot that runs of one command are frozen with.
+
+    shared: a sweep's runs have hard links to the files of its first one, which nobody may write: two hundred files for
+    each of a thousand runs take longer than SLURM does. Where there can be no link, a run has its own copy.
+    """
+
+    def __init__(self, shared: bool = False) -> None:
+        self.files, self.shared = snapshot(), shared
+        self.folders = sorted({str(folder) for name in self.files for folder in Path(name).parents})
+        self.first: Path | None = None
+
+    def write(self, run: RunDirectory) -> None:
+        shutil.rmtree(run.code, ignore_errors=True)
+        for folder in self.folders:  # parents first
+            (run.code / folder).mkdir(exist_ok=True)
+        if self.first is not None:
+            with contextlib.suppress(OSError):
+                source, target = str(self.first), str(run.code)
+                for name in self.files:
+                    os.link(f"{source}/{name}", f"{target}/{name}")
+                return
+            self.first = None
+        for name, content in self.files.items():
+            path = run.code / name
+            path.unlink(missing_ok=True)
+            path.write_bytes(content)
+            if self.shared:
+                path.chmod(0o444)
+        if self.shared:
+            self.first = run.code
 
 
 def _write_own_files(planned: Planned) -> None:
@@ -219,10 +244,10 @@ def python_of(planned: Planned) -> str:
     return planned.cfg.cluster.python or sys.executable
 
 
-def write(plan: Plan, undo: Undo, code: dict[str, bytes]) -> None:
+def write(plan: Plan, undo: Undo, code: Code, durable: bool = True) -> None:
     """Make the run directories of the stages to submit, and pipeline.json. Their scripts follow at submission.
 
-    code: of `snapshot`.
+    durable: False where the caller sees to it that all is on the disk.
     """
     for planned in plan.stages.values():
         if not planned.to_submit:
@@ -236,19 +261,19 @@ def write(plan: Plan, undo: Undo, code: dict[str, bytes]) -> None:
         if planned.from_scratch:
             set_aside(run)
         if not planned.started:
-            _write_code(run, code)
+            code.write(run)
             _write_own_files(planned)
         dumped = yaml.dump(
             planned.frozen, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False, allow_unicode=True
         )
-        write_atomic(run.config, dumped)
+        write_atomic(run.config, dumped, durable)
         if plan.scheduler == "local":
             write_atomic(run.script, job_script(planned.cfg, run, python_of(planned)))
     description = plan.folder / PIPELINE_FILE
     undo.descriptions[description] = None
     with contextlib.suppress(OSError):
         undo.descriptions[description] = description.read_text()
-    write_atomic(description, json.dumps(plan.description(), indent=1) + "\n")
+    write_atomic(description, json.dumps(plan.description(), indent=1) + "\n", durable)
 
 
 def set_aside(run: RunDirectory) -> Path | None:

@@ -8,6 +8,7 @@ Every point is a pipeline with a folder of its own, whose pipeline.json names sh
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import secrets
 import shutil
@@ -107,9 +108,10 @@ def _launch_on_slurm(sweep: Sweep, selections: Sequence[Selection]) -> int:
         plans = make_plans(selections)
         check_leads(plans)
         with submit.undo_on_failure(plans) as undo:
-            code = submit.snapshot()
+            code = submit.Code(shared=True)
             for plan in plans:
-                submit.write(plan, undo, code)
+                submit.write(plan, undo, code, durable=False)
+            os.sync()  # once for all files, where one by one takes as long as SLURM does
             tell_owners(plans)
             submit.cancel_stale(plans)
             try:
