@@ -77,6 +77,7 @@ AT_LEAST: dict[str, float] = {
     "slurm.max_failures": 1,
     "slurm.max_attempts_without_progress": 1,
     "slurm.watchdog_minutes": 0.05,
+    "slurm.array_parallelism": 1,
     "checkpointing.mttf_hours": 0.01,
     "logging.steps": 1,
     "data.held_out": 1,

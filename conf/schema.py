@@ -169,6 +169,9 @@ class Slurm:
     exclude: str | None = key(None, "nodes not to be used, as in --exclude")
     mail_user: str | None = key(None, "address that SLURM's controller writes to, as in --mail-user; null: to nobody")
     mail_type: list[str] = key(["FAIL", "INVALID_DEPEND"], "mail_user: of what SLURM writes, as in --mail-type")
+    array_parallelism: int | None = key(
+        None, "sweeps: points that run a stage at a time, which is one job array then; null: a job each, no limit"
+    )
 
 
 @dataclass

@@ -336,7 +336,7 @@ class Composer:
     _done: dict[tuple[str, ...], Config] = field(default_factory=dict)
 
     @cached_property
-    def _loader(self) -> _Loader:
+    def loader(self) -> _Loader:
         from hydra import version
 
         version.setbase("1.3")
@@ -357,7 +357,7 @@ class Composer:
         for token in overrides:
             check_token(token)
         ours = [token for token in overrides if not split(token)[1].startswith("hydra.")]
-        return cast(Config, OmegaConf.to_object(self._loader.compose(ours)))
+        return cast(Config, OmegaConf.to_object(self.loader.compose(ours)))
 
 
 # ------------------------------------------------------------------------------------------- what went wrong

@@ -22,9 +22,10 @@ def main(argv: list[str] | None = None) -> int:
     """The command line."""
     from launchers.selection import select
     from launchers.submit import launch
+    from launchers.sweep import launch as launch_sweep
 
     # A finished local pipeline shows its across-stages table after `launch`.
-    return cli.run(lambda tokens: select(tokens, only_one=False), launch, USAGE, argv)
+    return cli.run(lambda tokens: select(tokens, only_one=False), launch, USAGE, argv, launch_sweep)
 
 
 if __name__ == "__main__":

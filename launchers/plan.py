@@ -517,7 +517,7 @@ def over_nodes(row: Mapping[str, Any], counts: Sequence[int]) -> list[dict[str, 
 
 def ask_queues(selection: Selection) -> dict[str, Queue]:
     """What SLURM says of each stage's start if it were submitted now: one question for each different request."""
-    from launchers.render import job_script, sbatch_options
+    from launchers.render import job_script, python_of, sbatch_options
 
     answers: dict[str, Queue] = {}
     found: dict[str, Queue] = {}
@@ -530,7 +530,7 @@ def ask_queues(selection: Selection) -> dict[str, Queue]:
         own = ("job-name", "comment", "output", "error")
         request = json.dumps({key: value for key, value in options.items() if key not in own}, default=str)
         if request not in answers:
-            script = job_script(cfg, run, cfg.cluster.python or sys.executable)
+            script = job_script(cfg, run, python_of(cfg))
             answers[request] = _queue(slurm.expected_start(script, cfg.cluster.slurm_conf))
         found[name] = answers[request]
     return found

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -394,16 +394,21 @@ def _megabytes(text: str) -> int:
 # ------------------------------------------------------------------------------- was the lead long enough
 
 
-def check_leads(plan: Plan) -> None:
-    """Warn on stderr where stages to submit get less time to save and leave than such a run was seen to need."""
-    waiting = {name: planned for name, planned in plan.stages.items() if planned.to_submit}
-    kinds = {_kind(planned.frozen) for planned in waiting.values()}
-    measured = measured_leads(plan.output_base, kinds)
-    for name, planned in waiting.items():
-        seen = measured.get(_kind(planned.frozen))
+def check_leads(plans: Sequence[Plan]) -> None:
+    """Warn on stderr where stages to submit get less time to save and leave than such a run was seen to need.
+
+    plans: of one pipeline, or of a sweep's points, which are not warned of one after the other.
+    """
+    waiting = [(name, planned) for plan in plans for name, planned in plan.stages.items() if planned.to_submit]
+    kinds = [_kind(planned.frozen) for _, planned in waiting]
+    measured = measured_leads(plans[0].output_base, set(kinds))
+    told = set()
+    for (name, planned), kind in zip(waiting, kinds, strict=True):
+        seen = measured.get(kind)
         given = planned.cfg.slurm.signal_time_seconds
-        if seen is None or seen[1]["needed"] <= given:
+        if seen is None or seen[1]["needed"] <= given or (name, kind, given) in told:
             continue
+        told.add((name, kind, given))
         root, lead = seen
         parts = (f"{word} {lead[key]:.0f} s" for key, word in LEAD_PARTS.items() if lead.get(key) is not None)
         fix = f"{name}.slurm.signal_time_seconds={life.enough(lead['needed'])}"

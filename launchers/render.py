@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,18 +38,54 @@ def environment() -> jinja2.Environment:
     return result
 
 
-def sbatch_options(cfg: Config, run: RunDirectory, dependency: list[str]) -> dict[str, str | int | None]:
+@dataclass(frozen=True)
+class Array:
+    """Several runs as one job array: the same script for all, which finds its run by its element's number."""
+
+    name: str
+    folder: Path  # of its script; a link <number> leads to each run's slurm/
+    runs: Mapping[int, RunDirectory]  # by the element's number
+    limit: int  # elements that run at a time
+    follows: tuple[str, ...] = ()  # ids of arrays: each element comes after theirs of the same number
+
+    @property
+    def numbers(self) -> str:
+        """As --array wants them: 0-3,7%2."""
+        return f"{ranges(self.runs)}%{self.limit}"
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Numbers as SLURM writes them: 0-3,7. Pure."""
+    found: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in found)
+
+
+def sbatch_options(
+    cfg: Config, run: RunDirectory, dependency: list[str], array: Array | None = None
+) -> dict[str, str | int | None]:
     """sbatch's options for a run, in the order they are written; a value of None is a bare flag.
 
-    dependency: job ids that must end well before this job starts.
+    dependency: job ids that must end well before this job starts. array: of which the run is one.
     """
     slurm, tasks = cfg.slurm, tasks_per_node(cfg)
     gpus = None
     if (count := gpus_per_node(cfg)) > 0:
         gpus = f"{slurm.gpu_type}:{count}" if slurm.gpu_type else str(count)
+    # SLURM puts values in the place of %j and the like, also in a folder's name
+    logs = str(run.slurm).replace("%", "%%") + "/slurm-%j"
+    if array is not None:
+        logs = str(array.folder).replace("%", "%%") + "/%a/slurm-%A_%a"
+    waits = [f"afterok:{':'.join(dependency)}"] if dependency else []
+    waits += [f"aftercorr:{other}" for other in array.follows] if array is not None else []
     options: dict[str, str | int | None] = {
-        "job-name": f"{run.pipeline}/{run.name}",
-        "comment": str(run.root),
+        "job-name": f"{run.pipeline}/{run.name}" if array is None else array.name,
+        "comment": str(run.root if array is None else array.folder),
+        "array": None if array is None else array.numbers,
         "partition": slurm.partition,
         "account": slurm.account,
         "qos": slurm.qos,
@@ -62,14 +99,13 @@ def sbatch_options(cfg: Config, run: RunDirectory, dependency: list[str]) -> dic
         "exclude": slurm.exclude,
         "mail-user": slurm.mail_user,
         "mail-type": ",".join(slurm.mail_type) if slurm.mail_user is not None else None,
-        # SLURM puts values in the place of %j and the like, also in a folder's name
-        "output": str(run.slurm).replace("%", "%%") + "/slurm-%j.out",
-        "error": str(run.slurm).replace("%", "%%") + "/slurm-%j.err",
+        "output": f"{logs}.out",
+        "error": f"{logs}.err",
         "open-mode": "append",
         "signal": f"B:USR1@{slurm.signal_time_seconds}",
-        "dependency": f"afterok:{':'.join(dependency)}" if dependency else None,
+        "dependency": ",".join(waits) or None,
         # a job whose upstream failed can never start: without this it stays pending for ever
-        "kill-on-invalid-dep": "yes" if dependency else None,
+        "kill-on-invalid-dep": "yes" if waits else None,
     }
     given = {name: value for name, value in options.items() if value is not None}
     return {**given, "requeue": None}
@@ -126,18 +162,20 @@ def container(cfg: Config, run: RunDirectory, folders: Sequence[str]) -> dict[st
     if how.runtime == "pyxis":
         pairs = [mount if ":" in mount else f"{mount}:{mount}" for mount in bound]
         options = [f"--container-image={image}", f"--container-mounts={','.join(pairs)}"]
-        return {"command": [], "srun": [*options, f"--container-workdir={run.root}", *how.arguments]}
+        return {"command": [], "srun": [*options, "--container-workdir", str(run.root), *how.arguments]}
     gpus = ["--nv"] if gpus_per_node(cfg) and not {"--rocm", "--nvccli"} & set(how.arguments) else []
     command = [how.runtime, "--silent", "exec", *gpus, "--bind", ",".join(bound), "--pwd", str(run.root)]
     return {"command": [*command, *how.arguments, image], "srun": []}
 
 
 def job_script(
-    cfg: Config, run: RunDirectory, python: str, dependency: list[str] | None = None, folders: Sequence[str] = ()
-) -> str:
+    cfg: Config, run: RunDirectory, python: str, dependency: list[str] | None = None, folders: Sequence[str] = (),
+    array: Array | None = None,
+) -> str:  # fmt: skip
     """The job script of a run, for SLURM or for the local supervisor as `cfg.cluster.scheduler` says.
 
-    folders: what a container has to see beside paths.output_base.
+    folders: what a container has to see beside paths.output_base. array: the script is that of all its runs, of which
+    `run` is one.
     """
     template = f"{cfg.cluster.scheduler}.sh.j2"
     inside = container(cfg, run, folders)
@@ -152,10 +190,12 @@ def job_script(
         environment()
         .get_template(template)
         .render(
-            title=f"{run.pipeline}/{run.name}",
+            title=f"{run.pipeline}/{run.name}" if array is None else array.name,
             template=template,
-            sbatch=sbatch_options(cfg, run, dependency or []),
+            sbatch=sbatch_options(cfg, run, dependency or [], array),
             run_dir=str(run.root),
+            run_dirs={number: str(one.root) for number, one in array.runs.items()} if array is not None else None,
+            job="$SLURM_JOB_ID" if array is None else "$JOB_ID",
             python=python,
             modules=list(cfg.slurm.modules),
             setup=list(cfg.slurm.setup),

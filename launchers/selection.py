@@ -61,7 +61,8 @@ def _automatic(wanted: str, conf: str | None) -> tuple[str, str]:
     return wanted, f"SLURM answers; taking cluster={wanted}"
 
 
-_composer = cache(Composer)
+composer = cache(Composer)
+"""The one that all points of a command share: it keeps what it composed."""
 
 
 def select(tokens: Sequence[str], only_one: bool) -> Selection:
@@ -69,8 +70,8 @@ def select(tokens: Sequence[str], only_one: bool) -> Selection:
 
     Raises ConfigError. Reads files; asks SLURM under cluster=auto only.
     """
-    composer, layers = _composer(), Layers.of(tokens)
-    root = _root(composer, tokens)
+    made, layers = composer(), Layers.of(tokens)
+    root = _root(made, tokens)
     written: dict[str, Node] = dict(root.pipeline.stages)
     if not written:
         raise ConfigError(
@@ -86,10 +87,10 @@ def select(tokens: Sequence[str], only_one: bool) -> Selection:
         wanted = graph.order(stages)
         _refuse_for_all(layers)
     _check_names(layers, written, stages)
-    choice, cluster = layers.choices.get("pipeline", "full"), resolve_cluster(composer, layers, root)
+    choice, cluster = layers.choices.get("pipeline", "full"), resolve_cluster(made, layers, root)
 
     def config(name: str) -> Config:
-        return composer.config(stage_overrides(layers, choice, cluster, name, stages[name], stages))
+        return made.config(stage_overrides(layers, choice, cluster, name, stages[name], stages))
 
     explicit = set()
     for name in wanted:

@@ -66,13 +66,18 @@ class JobRecord:
     submit_time: str  # ISO, or N/A
     start_time: str  # ISO, when it started or is expected to; or N/A
     dependency: str
-    comment: str  # for jobs of ours: the run directory, and a token of the submission
+    comment: str  # for jobs of ours: the run directory, or the array's folder, and a token of the submission
 
     @property
     def folder(self) -> str:
-        """The run directory that its comment names; "" where it names none."""
-        folder = self.comment.partition(TOKEN)[0]
-        return folder if folder.startswith("/") else ""
+        """The run directory that its comment names; "" where it names none.
+
+        An array's folder has a link to each run's slurm/: of an element the path goes through it, for realpath.
+        """
+        folder, element = self.comment.partition(TOKEN)[0], self.job_id.partition("_")[2]
+        if not folder.startswith("/"):
+            return ""
+        return f"{folder}/{element}/.." if element else folder
 
     @property
     def live(self) -> bool:
@@ -282,6 +287,11 @@ def expected_start(script: str, conf: str | None = None) -> float | Refused | Un
     return Refused(said) if "allocation failure" in said else Unknown(said or f"sbatch: status {done.returncode}")
 
 
+def at_limit(refused: Refused) -> bool:
+    """Whether a job was refused for the number of jobs that are in the queue already: later it may be taken. Pure."""
+    return re.search(r"MaxSubmit|job submit limit|MaxJobCount", refused.why) is not None
+
+
 def find_submitted(comment: str, conf: str | None = None) -> JobRecord | Unknown | None:
     """Your job with exactly this comment, whatever its state. Looks again for LOOK_S: a controller too busy to answer
     sbatch may also take the job late, and squeue may be as silent as sbatch was."""
@@ -295,6 +305,15 @@ def find_submitted(comment: str, conf: str | None = None) -> JobRecord | Unknown
         if time.monotonic() > deadline:
             return found if isinstance(found, Unknown) else None
         time.sleep(1)
+
+
+def max_array_size(conf: str | None = None) -> int | Unknown:
+    """The cluster's MaxArraySize: an element's highest number, plus one."""
+    answer = _ask("scontrol", "show", "config", conf=conf)
+    if isinstance(answer, Unknown):
+        return answer
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", answer, re.MULTILINE)
+    return int(found[1]) if found else Unknown("scontrol show config names no MaxArraySize")
 
 
 def parse_gres(text: str) -> dict[str | None, int]:

@@ -3,6 +3,7 @@
 Every line has `time` (seconds since the epoch), `event` and `version`. The events:
 
     submitted          job_id, cluster                 a job was queued for this run
+    shared             pipelines                       folders beside its own pipeline's whose stages wait for this run
     restarted          folder                          what was there was set aside: the run starts from scratch
     attempt_started    attempt, job_id, node, nodes, restart_count      the job script began
     training_started   attempt, step                   the first step is about to run, after `step` done ones

@@ -405,21 +405,37 @@ def cancel_dependents(run: RunDirectory, reason: str) -> None:
     """
     if run.read_config().get("cluster", {}).get("scheduler") != "slurm":
         return
+    told = {run.root}
+    for folder in pipelines_of(run):
+        for root in _after(run.root, folder):
+            other = RunDirectory(root)
+            if root in told or not other.ledger.exists() or manifest.problem(other.model) is None:
+                continue
+            told.add(root)
+            history = summarise(ledger.read(other.ledger))
+            if history.job_id is not None and not history.running and not history.cancelled:
+                ledger.append(other.ledger, "cancelled", reason=reason)
+
+
+def pipelines_of(run: RunDirectory) -> list[Path]:
+    """The folders of the pipelines that use a run: its own, and those that it is shared with."""
+    shared = (event.get("pipelines") for event in ledger.read(run.ledger) if event["event"] == "shared")
+    names = [name for given in shared if isinstance(given, list) for name in given if isinstance(name, str)]
+    sound = [name for name in names if name == Path(name).name]
+    return [run.root.parent.parent / name for name in dict.fromkeys([run.pipeline, *sound])]
+
+
+def _after(root: Path, folder: Path) -> list[Path]:
+    """Run directories of a pipeline's stages that come after the one in `root`, as its pipeline.json says."""
     try:
-        stages = json.loads((run.root.parent / "pipeline.json").read_text())["stages"]
+        stages = json.loads((folder / "pipeline.json").read_text())["stages"]
         roots = {name: Path(entry["run_dir"]) for name, entry in stages.items()}
-        lost = {name for name, root in roots.items() if root == run.root}
+        lost = {name for name, other in roots.items() if other == root}
         for _ in stages:
             lost |= {name for name, entry in stages.items() if lost & set(entry.get("after") or ())}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return
-    for name in lost:
-        other = RunDirectory(roots[name])
-        if other.root == run.root or not other.ledger.exists() or manifest.problem(other.model) is None:
-            continue
-        history = summarise(ledger.read(other.ledger))
-        if history.job_id is not None and not history.running and not history.cancelled:
-            ledger.append(other.ledger, "cancelled", reason=reason)
+        return []
+    return [roots[name] for name in stages if name in lost]
 
 
 def guard(run: RunDirectory, attempt: int) -> bool:

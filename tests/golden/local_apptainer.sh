@@ -24,7 +24,7 @@ cd "$RUN_DIR" || exit 2
 # itself comes before what the job has, so that what must hold is said inside; packages in the node user's home folder
 # are not the image's.
 # shellcheck disable=SC2054
-python=(apptainer --silent exec --bind /hf,/scratch/me:/scratch:ro,/data/outputs --pwd /data/outputs/full/sft '/data/it'"'"'s mine/train.sif' env "PYTHONPATH=$RUN_DIR/code" "PYTHONNOUSERSITE=${PYTHONNOUSERSITE-1}" "$PYTHON")
+python=(apptainer --silent exec --bind /hf,/scratch/me:/scratch:ro,/data/outputs --pwd "$RUN_DIR" '/data/it'"'"'s mine/train.sif' env "PYTHONPATH=$RUN_DIR/code" "PYTHONNOUSERSITE=${PYTHONNOUSERSITE-1}" "$PYTHON")
 life() { "${python[@]}" -m post_training.run.life "$@"; }
 # bash 5.2 drops a trap whose signal comes while it reads $( ) or <( ), and what that stands in: from the traps on, what
 # commands say comes through a pipe. The other pipe stays empty.

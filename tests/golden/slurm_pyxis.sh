@@ -36,7 +36,7 @@ cd "$RUN_DIR" || exit 2
 # itself comes before what the job has, so that what must hold is said inside; packages in the node user's home folder
 # are not the image's.
 # shellcheck disable=SC2054
-container=('--container-image=nvcr.io#nvidia/pytorch:25.01-py3' '--container-mounts=/hf:/hf,/scratch/me:/scratch:ro,/data/it'"'"'s 100% "quoted" $HOME `x` & %j/full/sft:/data/it'"'"'s 100% "quoted" $HOME `x` & %j/full/sft,/data/outputs:/data/outputs' '--container-workdir=/data/it'"'"'s 100% "quoted" $HOME `x` & %j/full/sft' --container-remap-root)
+container=('--container-image=nvcr.io#nvidia/pytorch:25.01-py3' '--container-mounts=/hf:/hf,/scratch/me:/scratch:ro,/data/it'"'"'s 100% "quoted" $HOME `x` & %j/full/sft:/data/it'"'"'s 100% "quoted" $HOME `x` & %j/full/sft,/data/outputs:/data/outputs' --container-workdir "$RUN_DIR" --container-remap-root)
 # shellcheck disable=SC2054
 python=(env "PYTHONPATH=$RUN_DIR/code" "PYTHONNOUSERSITE=${PYTHONNOUSERSITE-1}" "$PYTHON")
 life() {

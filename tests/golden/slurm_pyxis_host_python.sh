@@ -36,7 +36,7 @@ cd "$RUN_DIR" || exit 2
 # itself comes before what the job has, so that what must hold is said inside; packages in the node user's home folder
 # are not the image's.
 # shellcheck disable=SC2054
-container=(--container-image=/data/images/train.sqsh --container-mounts=/hf:/hf,/scratch/me:/scratch:ro,/data/outputs:/data/outputs --container-workdir=/data/outputs/full/sft)
+container=(--container-image=/data/images/train.sqsh --container-mounts=/hf:/hf,/scratch/me:/scratch:ro,/data/outputs:/data/outputs --container-workdir "$RUN_DIR")
 # shellcheck disable=SC2054
 python=(env "PYTHONPATH=$RUN_DIR/code" "PYTHONNOUSERSITE=${PYTHONNOUSERSITE-1}" "$PYTHON")
 HOST_PYTHON=/usr/bin/python3
