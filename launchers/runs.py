@@ -202,10 +202,10 @@ def looks_of(folder: Path, files: Files | None = None) -> list[Look]:
     return [look.read() for look in looks.values()] + others
 
 
-def collect(
+def survey(
     output_base: Path, names: list[str], sacct: bool = False, files: Files | None = None
-) -> list[dict[str, Any]]:
-    """One row a run: what the table and the JSON show. Asks SLURM once, for the runs that are not done.
+) -> list[tuple[Look, dict[str, Any]]]:
+    """Every run and its row. Asks SLURM once, for the runs that are not done.
 
     sacct: ask accounting too, for the runs that SLURM has forgotten. files: for looking again and again.
     """
@@ -214,7 +214,14 @@ def collect(
     jobs = ask_slurm(looks)
     ended = ask_accounting(looks, jobs) if sacct else {}
     now = time.time()
-    return [row for found in pipelines for row in rows_of(found, jobs, now, ended)]
+    return list(zip(looks, [row for found in pipelines for row in rows_of(found, jobs, now, ended)], strict=True))
+
+
+def collect(
+    output_base: Path, names: list[str], sacct: bool = False, files: Files | None = None
+) -> list[dict[str, Any]]:
+    """One row a run: what the table and the JSON show. Arguments as of `survey`."""
+    return [row for _, row in survey(output_base, names, sacct, files)]
 
 
 _JOB_ID = re.compile(r"[0-9]{1,12}(_[0-9]{1,12})?")
@@ -409,7 +416,7 @@ def _row(
     scores: dict[str, tuple[float | None, str | None]], now: float,
 ) -> tuple[dict[str, Any], eta.Estimate | None]:  # fmt: skip
     history = look.story.history
-    metrics = look.files("metrics", look.run.metrics, lambda: table.read_metrics(look.run.metrics))
+    metrics = metrics_of(look)
     progress = table.read_progress(look.run) if history.running else None
     if state in ("done", "gated"):  # what is over does not change with the clock
         time = look.files.once("account", look.run.root, look.story, lambda: account(look, state, now))
@@ -462,6 +469,11 @@ def _row(
         "metric": metric,
     }
     return row, own_time(look, state, job, metrics, progress, max_steps, limit, time, now)
+
+
+def metrics_of(look: Look) -> table.Metrics:
+    """The run's newest figures."""
+    return look.files("metrics", look.run.metrics, lambda: table.read_metrics(look.run.metrics))
 
 
 def _changed(look: Look, metrics: table.Metrics, progress: Mapping[str, Any] | None, now: float) -> float | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ class Metrics:
     tokens_per_second_per_gpu: float | None = None
     mfu: float | None = None
     seconds_per_step: float | None = None
+    trend: tuple[float, ...] = ()  # of what is optimised, oldest first: the reward where there is one, else the loss
 
     @property
     def eta_seconds(self) -> float | None:
@@ -120,10 +122,13 @@ def summarise_metrics(records: list[dict[str, Any]]) -> Metrics:
             rates.append((t1 - t0) / (s1 - s0))
         t0, s0 = t1, s1
     step, max_steps = newest("step"), newest("max_steps")
+    reward = newest("reward")
+    optimised = "loss" if reward is None else "reward"
     return Metrics(
+        trend=tuple(v for entry in records if (v := number(entry.get(optimised))) is not None),
         step=None if step is None else int(step),
         max_steps=None if max_steps is None else int(max_steps),
-        time=newest("time"), loss=newest("loss"), reward=newest("reward"),
+        time=newest("time"), loss=newest("loss"), reward=reward,
         tokens_per_second_per_gpu=newest("tokens_per_second_per_gpu"), mfu=newest("mfu"),
         seconds_per_step=statistics.median(rates) if rates else None,
     )  # fmt: skip
@@ -136,6 +141,15 @@ def bar(step: float | None, total: float | None, width: int = 10, ascii_only: bo
     full = round(width * min(1.0, max(0.0, step / total)))
     done, rest = ("#", ".") if ascii_only else ("█", "░")
     return done * full + rest * (width - full)
+
+
+def spark(values: Sequence[float], width: int, ascii_only: bool = False) -> str:
+    """The newest values as a line of at most `width` characters, from the least to the greatest of them."""
+    marks = "_.-=*#" if ascii_only else "▁▂▃▄▅▆▇█"
+    shown = list(values)[-width:] if width > 0 else []
+    low, high = min(shown, default=0.0), max(shown, default=0.0)
+    scale = (len(marks) - 1) / (high - low) if high > low else 0.0
+    return "".join(marks[round((value - low) * scale)] for value in shown)
 
 
 def duration(seconds: float | None) -> str:

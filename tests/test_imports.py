@@ -22,6 +22,8 @@ MODULES = [
     "launchers.doctor", "launchers.site",
     "launchers.plan", "launchers.simulate",
     "launchers.notify", "post_training.run.notify",
+    "launchers.charts", "launchers.top", "launchers.eta",
+    "launchers.frozen", "post_training.run.environment", "launchers.serve", "launchers.page",
 ]  # fmt: skip
 
 
