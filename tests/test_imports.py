@@ -16,7 +16,8 @@ MODULES = [
     "launchers.local", "launchers.executor", "launchers.render", "conf.schema", "conf.check", "post_training.run.life",
     "launchers.prefetch", "conf.chat", "post_training.chat", "launchers.push", "launchers.card", "launchers.report",
     "launchers.charts", "post_training.run.environment", "launchers.serve", "launchers.page",
-    "launchers.steer", "launchers.cancel", "launchers.requeue", "launchers.hold", "launchers.release", "launchers.repair",
+    "launchers.steer", "launchers.cancel", "launchers.requeue", "launchers.hold", "launchers.release",
+    "launchers.repair",
 ]  # fmt: skip
 
 

@@ -316,7 +316,7 @@ def test_requeue_saves_and_goes_on_under_the_same_id(chain: Callable[..., list[S
 
 @pytest.mark.slurm
 def test_hold_saves_and_release_lets_go(chain: Callable[..., list[SlurmRun]], capsys: Any) -> None:
-    sft, dpo = chain("wait finish")
+    sft, dpo = chain("wait wait")
     sft.rank(1)
     name = "run_name=" + sft.run.pipeline
     assert command("hold", sft, name) == 0
@@ -330,6 +330,5 @@ def test_hold_saves_and_release_lets_go(chain: Callable[..., list[SlurmRun]], ca
     assert command("hold", sft) == 0 and "is held already" in capsys.readouterr().out
     assert sft.history().held_by == steer.me()
     assert command("release", sft, name) == 0 and capsys.readouterr().out.count("released") == 2
-    sft.finish()
-    dpo.finish()
-    assert sft.history().attempts == 2
+    sft.rank(2)
+    assert states(sft)["dpo"] == ("waiting", "waits for sft")

@@ -76,8 +76,7 @@ wait_for_the_end() {
 
 # By a user, and what there was to save is saved: SLURM says so too, and ends the dependents.
 cancel() {
-  trap - TERM USR1
-  if scancel "$SLURM_JOB_ID"; then exec sleep 600; fi
+  scancel "$SLURM_JOB_ID"
   exit 143
 }
 
@@ -196,7 +195,7 @@ kill "${aside[@]}" 2>/dev/null
 if [ ! -e "$RUN_DIR/model/manifest.json" ] && [ -z "$signal" ]; then hear; fi
 action=$(life end "$RUN_DIR" --attempt "$attempt" --code "$code" --signal "$signal" "${word[@]}") || exit 1
 case $action in
-  "exit "*) kill -USR1 "$guard" 2>/dev/null && wait "$guard" 2>/dev/null ;;
+  "exit "* | cancel) kill -USR1 "$guard" 2>/dev/null && wait "$guard" 2>/dev/null ;;
 esac
 case $action in
   requeue*) requeue "${action#requeue}" ;;
