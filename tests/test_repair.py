@@ -276,6 +276,38 @@ def test_local_runs_and_leftovers(tmp_path: Path, capsys: Any) -> None:
     assert repair.main(["paths.output_base=/no/such"]) == 2
 
 
+def test_what_a_run_waits_for_is_what_its_pipeline_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation compares with a model that it does not wait for."""
+    folder = tmp_path / "p"
+    stages = {"base": [], "sft": ["base"], "dpo": ["sft"], "eval_dpo": ["dpo"], "by_hand": None}
+    lines = []
+    for number, (name, after) in enumerate(stages.items(), 1):
+        run = RunDirectory(folder / name)
+        run.create()
+        inputs: dict[str, Any] = {up: {"run_dir": str(folder / up), "path": "x"} for up in after or ["dpo"]}
+        if name in ("eval_dpo", "by_hand"):
+            inputs["reference"] = {"run_dir": str(folder / "sft"), "path": "x", "derived": True}
+        run.config.write_text(yaml.safe_dump({"cluster": {"scheduler": "slurm"}, "inputs": inputs}))
+        ledger.append(run.ledger, "submitted", job_id=str(number), cluster="h100")
+        up = {"base": "", "by_hand": "3"}.get(name, str(number - 1))
+        wait = f"afterok:{up}(unfulfilled)" if up else ""
+        lines.append(f"{number}|PENDING|Priority|0:00|1:00|1||gpu|N/A|N/A|{wait}|{run.root}")
+    described = {n: {"run_dir": str(folder / n), "after": a} for n, a in stages.items() if a is not None}
+    (folder / "pipeline.json").write_text(json.dumps({"stages": described}))
+    asked: list[tuple[str, ...]] = []
+
+    def answer(*argv: str, **options: Any) -> str:
+        asked.append(argv)
+        return "ClusterName = h\n" if argv[0] == "scontrol" else "\n".join(lines)
+
+    monkeypatch.setattr(slurm, "_ask", answer)
+    assert plan(repair.take(tmp_path, [])) == []
+    assert [argv[0] for argv in asked].count("squeue") == 1
+    lines.pop(0)  # base is gone, and all that waits for it
+    found = plan(repair.take(tmp_path, []))
+    assert [finding.kind for finding in found] == ["vanished", *["never starts"] * 4]
+
+
 # ---------------------------------------------------------------------------------------- on a real SLURM
 
 
