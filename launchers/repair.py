@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -105,22 +106,33 @@ def _live(snapshot: Snapshot, conf: str | None) -> dict[str, slurm.JobRecord]:
     return {} if isinstance(answer, slurm.Unknown) else {job.job_id: job for job in answer if job.live}
 
 
-def _job_of(run: Run, live: Mapping[str, slurm.JobRecord]) -> tuple[slurm.JobRecord | None, list[slurm.JobRecord]]:
+def _by_run(live: Mapping[str, slurm.JobRecord]) -> dict[str, list[slurm.JobRecord]]:
+    """Live jobs by their folder, or by their id where that has to do."""
+    found: dict[str, list[slurm.JobRecord]] = {}
+    for job in live.values():
+        found.setdefault(job.job_id if "_" in job.job_id or not job.folder else _folder(job), []).append(job)
+    return found
+
+
+def _job_of(
+    run: Run, known: Mapping[str, list[slurm.JobRecord]]
+) -> tuple[slurm.JobRecord | None, list[slurm.JobRecord]]:  # fmt: skip
     """The live job that this run has, and further ones. The ledger's comes first, then one that runs.
 
     The tasks of an array may share a comment: those are known by their ids alone.
     """
-    own = [
-        job
-        for job in live.values()
-        if (job.job_id == run.job_id if "_" in job.job_id or not job.folder else _folder(job) == run.folder)
-    ]
+    own = [*known.get(run.folder, ()), *known.get(run.job_id or "", ())]
     own.sort(key=lambda job: (job.job_id != run.job_id, queued(job), len(job.job_id), job.job_id))
     return (own[0], own[1:]) if own else (None, [])
 
 
+@functools.lru_cache(maxsize=100_000)
+def _real(folder: str) -> str:
+    return real(folder)
+
+
 def _folder(job: slurm.JobRecord) -> str:
-    return real(job.folder) if job.folder else ""
+    return _real(job.folder) if job.folder else ""
 
 
 def plan(snapshot: Snapshot) -> list[Finding]:
@@ -133,7 +145,8 @@ def plan(snapshot: Snapshot) -> list[Finding]:
     live = {conf: _live(snapshot, conf) for conf in snapshot.jobs}
     silent = {conf for conf, answer in snapshot.jobs.items() if isinstance(answer, slurm.Unknown)}
     runs = {run.folder: run for run in snapshot.runs}
-    jobs = {run.folder: _job_of(run, live.get(run.conf, {})) for run in snapshot.runs}
+    known = {conf: _by_run(some) for conf, some in live.items()}
+    jobs = {run.folder: _job_of(run, known.get(run.conf, {})) for run in snapshot.runs}
     lost: set[str] = set()  # runs that will have no job and no output
     for run in snapshot.runs:
         if run.local or run.conf in silent or run.elsewhere:

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launchers import repair, slurm
@@ -201,6 +201,7 @@ def broken(draw: st.DrawFn) -> Snapshot:
     return snapshot(found, jobs, foreign=foreign, leftovers=("/o/p/.x.tmp",), half_made=("/o/p/half",))
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(broken())
 def test_a_plan_that_was_done_leaves_nothing_to_do(seen: Snapshot) -> None:
     acts = [finding.act for finding in plan(seen) if finding.act is not None]
@@ -215,6 +216,7 @@ def test_a_plan_that_was_done_leaves_nothing_to_do(seen: Snapshot) -> None:
     assert [finding for finding in plan(after) if finding.act is not None] == []
 
 
+@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(0, 6), st.sampled_from(["RUNNING", "PENDING", "COMPLETING"]), st.data())
 def test_what_is_healthy_is_left_alone(stages: int, finished: int, state: str, data: st.DataObject) -> None:
     """A chain as it is submitted: some stages done, the next one at work, all others waiting."""
@@ -340,11 +342,12 @@ def test_a_broken_set_is_repaired(runs: Callable[..., SlurmRun], capsys: Any) ->
         dead.submit()
         dead.rank(1)
         never = by_hand(make("never", "dead").run, f"--dependency=afterok:{dead.job_id}", "--kill-on-invalid-dep=no")
-        os.kill(dead.shell(), signal.SIGKILL)
-        for process in psutil.process_iter():  # and all that could still tell, its guard first of all
-            if any(str(dead.run.root) in argument for argument in _argv(process)):
+        told = [p for p in psutil.process_iter() if any(str(dead.run.root) in argument for argument in _argv(p))]
+        told.append(psutil.Process(dead.shell()))
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # all that could still tell, its guard too
+            for process in told:
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
+                    process.send_signal(number)
         old = by_hand(make("again").run, later)
         vain = by_hand(make("vain", "again").run, f"--dependency=afterok:{old}", "--kill-on-invalid-dep=no")
         cluster.run("scancel", old)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launchers import slurm, steer
@@ -113,6 +113,7 @@ outcomes = st.sampled_from(["stopped", "preempted", "node_lost", "cancelled", "o
 words = st.builds(life.Word, st.sampled_from([None, "preempted", "node_lost", "cancelled", "running"]))
 
 
+@settings(deadline=None)
 @given(outcomes, words, st.sampled_from([None, "USR1", "TERM"]), st.sampled_from([0, 7, 85, 124]), st.integers(0, 5))
 def test_a_cancelled_run_does_not_come_back_however_it_ends(
     outcome: str, word: life.Word, sent: str | None, code: int, failures: int
