@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -105,22 +106,33 @@ def _live(snapshot: Snapshot, conf: str | None) -> dict[str, slurm.JobRecord]:
     return {} if isinstance(answer, slurm.Unknown) else {job.job_id: job for job in answer if job.live}
 
 
-def _job_of(run: Run, live: Mapping[str, slurm.JobRecord]) -> tuple[slurm.JobRecord | None, list[slurm.JobRecord]]:
+def _by_run(live: Mapping[str, slurm.JobRecord]) -> dict[str, list[slurm.JobRecord]]:
+    """Live jobs by their folder, or by their id where that has to do."""
+    found: dict[str, list[slurm.JobRecord]] = {}
+    for job in live.values():
+        found.setdefault(job.job_id if "_" in job.job_id or not job.folder else _folder(job), []).append(job)
+    return found
+
+
+def _job_of(
+    run: Run, known: Mapping[str, list[slurm.JobRecord]]
+) -> tuple[slurm.JobRecord | None, list[slurm.JobRecord]]:  # fmt: skip
     """The live job that this run has, and further ones. The ledger's comes first, then one that runs.
 
     The tasks of an array may share a comment: those are known by their ids alone.
     """
-    own = [
-        job
-        for job in live.values()
-        if (job.job_id == run.job_id if "_" in job.job_id or not job.folder else _folder(job) == run.folder)
-    ]
+    own = [*known.get(run.folder, ()), *known.get(run.job_id or "", ())]
     own.sort(key=lambda job: (job.job_id != run.job_id, queued(job), len(job.job_id), job.job_id))
     return (own[0], own[1:]) if own else (None, [])
 
 
+@functools.lru_cache(maxsize=100_000)
+def _real(folder: str) -> str:
+    return real(folder)
+
+
 def _folder(job: slurm.JobRecord) -> str:
-    return real(job.folder) if job.folder else ""
+    return _real(job.folder) if job.folder else ""
 
 
 def plan(snapshot: Snapshot) -> list[Finding]:
@@ -133,7 +145,8 @@ def plan(snapshot: Snapshot) -> list[Finding]:
     live = {conf: _live(snapshot, conf) for conf in snapshot.jobs}
     silent = {conf for conf, answer in snapshot.jobs.items() if isinstance(answer, slurm.Unknown)}
     runs = {run.folder: run for run in snapshot.runs}
-    jobs = {run.folder: _job_of(run, live.get(run.conf, {})) for run in snapshot.runs}
+    known = {conf: _by_run(some) for conf, some in live.items()}
+    jobs = {run.folder: _job_of(run, known.get(run.conf, {})) for run in snapshot.runs}
     lost: set[str] = set()  # runs that will have no job and no output
     for run in snapshot.runs:
         if run.local or run.conf in silent or run.elsewhere:
@@ -319,7 +332,18 @@ def _expected(history: History) -> bool:
     return history.outcome is None or history.action == "requeue" or history.outcome == "preempted"
 
 
-def _run(look: Look, output_base: Path, here: bool, clusters: dict[str | None, str | slurm.Unknown]) -> Run:
+def _upstream(look: Look, siblings: Mapping[str, str]) -> tuple[str, ...]:
+    """The run directories that must be done before this run. siblings: of its pipeline's stages, by name."""
+    if look.after is not None:
+        return tuple(dict.fromkeys(siblings[name] for name in look.after if name in siblings))
+    derived = {name for name, source in look.section("inputs").items() if source and source.get("derived")}
+    return tuple(dict.fromkeys(folder for name, folder in look.inputs().items() if name not in derived))
+
+
+def _run(
+    look: Look, output_base: Path, here: bool, upstream: tuple[str, ...],
+    clusters: dict[str | None, str | slurm.Unknown],
+) -> Run:  # fmt: skip
     history, conf = look.story.history, conf_of(look)
     theirs = history.slurm_cluster or site.read(output_base, str(look.section("cluster").get("name"))).slurm_cluster
     ours = clusters.get(conf)
@@ -330,7 +354,7 @@ def _run(look: Look, output_base: Path, here: bool, clusters: dict[str | None, s
         owned=local and owned(look.run), elsewhere=other, done=look.done, job_id=history.job_id,
         running=history.running, attempts=history.attempts, expected=_expected(history), cancelled=history.cancelled,
         cancel_job=history.cancel_job if history.cancel_wish else None, held_by=history.held_by,
-        upstream=tuple(dict.fromkeys(look.inputs().values())),
+        upstream=upstream,
     )  # fmt: skip
 
 
@@ -340,12 +364,20 @@ def take(output_base: Path, names: list[str], now: float | None = None) -> Snaps
     The queue is asked before the runs are read: a run that ends meanwhile is seen as done, not as lost.
     """
     folders = find_pipelines(output_base, names)
-    looks = {real(look.run.root): look for folder in folders for look in looks_of(folder) if look.config}
+    looks: dict[str, Look] = {}
+    needs: dict[str, tuple[str, ...]] = {}
+    for folder in folders:
+        found = [look for look in looks_of(folder) if look.config]
+        siblings = {look.name: real(look.run.root) for look in found}
+        for look in found:
+            place = real(look.run.root)
+            if place not in looks or look.run.root.parent.name == look.pipeline:  # a sweep's points share runs
+                looks[place], needs[place] = look, _upstream(look, siblings)
     here = set(looks)
-    for folder in [up for look in looks.values() for up in look.inputs().values()]:
-        if folder not in looks and is_there(Path(folder)):
-            run = RunDirectory(Path(folder))
-            looks[folder] = Look(run.pipeline, run.name, run).read()
+    for place in [up for ups in needs.values() for up in ups]:
+        if place not in looks and is_there(Path(place)):
+            run = RunDirectory(Path(place))
+            looks[place] = Look(run.pipeline, run.name, run).read()
     on_slurm = [look for look in looks.values() if look.section("cluster").get("scheduler") == "slurm"]
     confs = dict.fromkeys(conf_of(look) for look in on_slurm)
     jobs: dict[str | None, tuple[slurm.JobRecord, ...] | slurm.Unknown] = {}
@@ -375,7 +407,9 @@ def take(output_base: Path, names: list[str], now: float | None = None) -> Snaps
     leftovers, half_made = _left_behind(folders, time.time() if now is None else now)
     return Snapshot(
         base=tuple(real(folder) for folder in folders) if names else (real(output_base),),
-        runs=tuple(_run(look, output_base, folder in here, clusters) for folder, look in looks.items()),
+        runs=tuple(
+            _run(look, output_base, folder in here, needs.get(folder, ()), clusters) for folder, look in looks.items()
+        ),
         jobs=jobs, foreign=frozenset(foreign),
         folders=frozenset(folder for folder in named if folder and is_there(Path(folder) / "config.yaml")),
         leftovers=tuple(leftovers), half_made=tuple(half_made),

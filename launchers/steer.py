@@ -495,6 +495,8 @@ def wait(said: Sequence[Said], show: Callable[[str], None], seconds: float) -> l
 
 
 def _doing(item: Said) -> str:
+    if not item.look.story.history.running or item.look.story.history.answered:
+        return f"{item.look.name} (has saved, and leaves)"
     step = table.read_metrics(item.look.run.metrics).step
     return item.look.name + (f" (step {step})" if step is not None else "")
 

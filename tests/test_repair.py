@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launchers import repair, slurm
@@ -201,6 +201,7 @@ def broken(draw: st.DrawFn) -> Snapshot:
     return snapshot(found, jobs, foreign=foreign, leftovers=("/o/p/.x.tmp",), half_made=("/o/p/half",))
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(broken())
 def test_a_plan_that_was_done_leaves_nothing_to_do(seen: Snapshot) -> None:
     acts = [finding.act for finding in plan(seen) if finding.act is not None]
@@ -215,6 +216,7 @@ def test_a_plan_that_was_done_leaves_nothing_to_do(seen: Snapshot) -> None:
     assert [finding for finding in plan(after) if finding.act is not None] == []
 
 
+@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(0, 6), st.sampled_from(["RUNNING", "PENDING", "COMPLETING"]), st.data())
 def test_what_is_healthy_is_left_alone(stages: int, finished: int, state: str, data: st.DataObject) -> None:
     """A chain as it is submitted: some stages done, the next one at work, all others waiting."""
@@ -276,6 +278,38 @@ def test_local_runs_and_leftovers(tmp_path: Path, capsys: Any) -> None:
     assert repair.main(["paths.output_base=/no/such"]) == 2
 
 
+def test_what_a_run_waits_for_is_what_its_pipeline_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation compares with a model that it does not wait for."""
+    folder = tmp_path / "p"
+    stages = {"base": [], "sft": ["base"], "dpo": ["sft"], "eval_dpo": ["dpo"], "by_hand": None}
+    lines = []
+    for number, (name, after) in enumerate(stages.items(), 1):
+        run = RunDirectory(folder / name)
+        run.create()
+        inputs: dict[str, Any] = {up: {"run_dir": str(folder / up), "path": "x"} for up in after or ["dpo"]}
+        if name in ("eval_dpo", "by_hand"):
+            inputs["reference"] = {"run_dir": str(folder / "sft"), "path": "x", "derived": True}
+        run.config.write_text(yaml.safe_dump({"cluster": {"scheduler": "slurm"}, "inputs": inputs}))
+        ledger.append(run.ledger, "submitted", job_id=str(number), cluster="h100")
+        up = {"base": "", "by_hand": "3"}.get(name, str(number - 1))
+        wait = f"afterok:{up}(unfulfilled)" if up else ""
+        lines.append(f"{number}|PENDING|Priority|0:00|1:00|1||gpu|N/A|N/A|{wait}|{run.root}")
+    described = {n: {"run_dir": str(folder / n), "after": a} for n, a in stages.items() if a is not None}
+    (folder / "pipeline.json").write_text(json.dumps({"stages": described}))
+    asked: list[tuple[str, ...]] = []
+
+    def answer(*argv: str, **options: Any) -> str:
+        asked.append(argv)
+        return "ClusterName = h\n" if argv[0] == "scontrol" else "\n".join(lines)
+
+    monkeypatch.setattr(slurm, "_ask", answer)
+    assert plan(repair.take(tmp_path, [])) == []
+    assert [argv[0] for argv in asked].count("squeue") == 1
+    lines.pop(0)  # base is gone, and all that waits for it
+    found = plan(repair.take(tmp_path, []))
+    assert [finding.kind for finding in found] == ["vanished", *["never starts"] * 4]
+
+
 # ---------------------------------------------------------------------------------------- on a real SLURM
 
 
@@ -308,11 +342,12 @@ def test_a_broken_set_is_repaired(runs: Callable[..., SlurmRun], capsys: Any) ->
         dead.submit()
         dead.rank(1)
         never = by_hand(make("never", "dead").run, f"--dependency=afterok:{dead.job_id}", "--kill-on-invalid-dep=no")
-        os.kill(dead.shell(), signal.SIGKILL)
-        for process in psutil.process_iter():  # and all that could still tell, its guard first of all
-            if any(str(dead.run.root) in argument for argument in _argv(process)):
+        told = [p for p in psutil.process_iter() if any(str(dead.run.root) in argument for argument in _argv(p))]
+        told.append(psutil.Process(dead.shell()))
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # all that could still tell, its guard too
+            for process in told:
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
+                    process.send_signal(number)
         old = by_hand(make("again").run, later)
         vain = by_hand(make("vain", "again").run, f"--dependency=afterok:{old}", "--kill-on-invalid-dep=no")
         cluster.run("scancel", old)
