@@ -783,6 +783,11 @@ def _check_judge(cfg: Config) -> None:
         raise ConfigError("eval.judge.base_url", judge.base_url, "the package openai is not installed", fix)
 
 
+def check_job(cfg: Config) -> None:
+    """Refuse what no job can ask for, whatever it does: slurm.* alone. Raises ConfigError."""
+    _check_slurm(cfg)
+
+
 def check_serve(cfg: Config) -> None:
     """Refuse a server that cannot be started as asked. Raises ConfigError."""
     serve = cfg.serve

@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any, Literal
 
 from conf.check import ConfigError, gpus_per_node, nearest, parse_wall_time, tasks_per_node
 from conf.schema import Config
 from launchers import slurm
-from launchers.preflight import check_request
+from launchers.preflight import check_request, wake
 from launchers.site import REQUEUE_HOLD_S, Limits, Site
 from launchers.slurm import Unknown
 from launchers.table import duration
@@ -55,7 +56,14 @@ class Asked:
     associations: str | Unknown
     sacct: str | Unknown
     groups: Mapping[str, slurm.Partition] | Unknown
+    reservations: str | Unknown
+    now: float = 0.0  # when it was asked, seconds since the epoch
     mine: tuple[str, ...] = ()  # the user's Unix groups
+
+    @classmethod
+    def nothing(cls, why: Unknown, version: str | Unknown, ping: str | Unknown, seconds: float) -> Asked:
+        """Where no controller answers."""
+        return cls(version, ping, seconds, why, why, why, why, why, why, why, why)
 
 
 # ------------------------------------------------------------------------------------------------ parsing
@@ -309,7 +317,7 @@ def _preempts(config: Mapping[str, str]) -> bool:
 def judge(asked: Asked, cfg: Config) -> list[Finding]:
     """All findings on what SLURM answered, for jobs of this config."""
     return [
-        *judge_controller(asked),
+        *judge_controller(asked, cfg),
         *judge_settings(asked.config, cfg),
         *judge_preemption(asked, cfg),
         *judge_partition(asked, cfg),
@@ -322,35 +330,34 @@ def _unknown(topic: str, name: str, source: Unknown, why: str) -> Finding:
     return Finding(topic, name, "unknown", f"not known: {source.why}", why, fix)
 
 
-def judge_controller(asked: Asked) -> list[Finding]:
+def judge_controller(asked: Asked, cfg: Config) -> list[Finding]:
     """Versions, and whether and how fast the controller answers."""
     topic = "SLURM"
     text = asked.version if not isinstance(asked.version, Unknown) else ""
     version = version_of(text)
     why = "the job scripts rely on how SLURM requeues, signals and chains jobs"
     if isinstance(asked.version, Unknown):
-        fix = "run this on a login node of the cluster, or cluster=local"
-        yield_ = [Finding(topic, "version", "problem", f"sinfo does not work: {asked.version.why}", why, fix)]
+        fix = f"run this on a login node of the cluster; {wake(cfg)}"
+        first = Finding(topic, "version", "problem", f"sinfo does not work: {asked.version.why}", why, fix)
     elif version is None:
-        yield_ = [Finding(topic, "version", "unknown", f"not known: {text.strip()[:60]!r}", why, ADMIN)]
+        first = Finding(topic, "version", "unknown", f"not known: {text.strip()[:60]!r}", why, ADMIN)
     elif version < TESTED:
         fix = "a chain of small stages first (cluster=... pipeline=quickstart): older versions are not tested"
-        yield_ = [Finding(topic, "version", "warning", f"{text.strip()}, older than the tested 22.05", why, fix)]
+        first = Finding(topic, "version", "warning", f"{text.strip()}, older than the tested 22.05", why, fix)
     else:
-        yield_ = [Finding(topic, "version", "ok", text.strip(), why)]
+        first = Finding(topic, "version", "ok", text.strip(), why)
     why = "nothing can be submitted or requeued while no controller answers"
     if isinstance(asked.ping, Unknown):
-        fix = f"look at the cluster's status page, or {ADMIN}"
-        return [*yield_, Finding(topic, "controller", "problem", f"no answer: {asked.ping.why}", why, fix)]
+        return [first, Finding(topic, "controller", "problem", f"no answer: {asked.ping.why}", why, wake(cfg))]
     up = [line.strip() for line in asked.ping.splitlines() if re.search(r"\bUP\b", line)]
     if not up:
         seen = " ".join(asked.ping.split()) or "no controller is UP"
-        return [*yield_, Finding(topic, "controller", "problem", seen, why, ADMIN)]
+        return [first, Finding(topic, "controller", "problem", seen, why, ADMIN)]
     seen = f"{up[0]}, answers in {asked.seconds:.2f} s"
     if asked.seconds > SLOW_S:
         fix = "submit in larger pieces and look less often (status --watch 60)"
-        return [*yield_, Finding(topic, "controller", "warning", seen, "a busy controller answers sbatch late", fix)]
-    return [*yield_, Finding(topic, "controller", "ok", seen, why)]
+        return [first, Finding(topic, "controller", "warning", seen, "a busy controller answers sbatch late", fix)]
+    return [first, Finding(topic, "controller", "ok", seen, why)]
 
 
 Rule = Callable[[str, Mapping[str, str], Config], tuple[Level, str, str, str]]
@@ -435,12 +442,8 @@ def _over_time(value: str, config: Mapping[str, str], cfg: Config) -> tuple[Leve
 def _enforce_parts(value: str, config: Mapping[str, str], cfg: Config) -> tuple[Level, str, str, str]:
     why = "whether sbatch refuses a job that its partition can never run"
     if value.upper() in ("NO", ""):
-        return (
-            "note",
-            f"{value or 'NO'}: such a job waits for ever",
-            why,
-            "nothing to do: submit checks requests itself",
-        )
+        seen = f"{value or 'NO'}: a job that can never run waits for ever"
+        return "note", seen, why, "nothing to do: submit checks requests itself"
     return "ok", value, why, NOTHING
 
 
@@ -471,7 +474,7 @@ def _task_plugin(value: str, config: Mapping[str, str], cfg: Config) -> tuple[Le
     why = "whether a job is held to its own cores, memory and GPUs"
     if "cgroup" not in value:
         fix = "on nodes that jobs share, ask for whole nodes (slurm.gpus_per_node), or for task/cgroup"
-        return "note", f"{value or 'none'}: it is not", why, fix
+        return "note", f"{value or 'none'}: jobs are not held to what they got", why, fix
     if config.get("ConstrainDevices", "").lower() == "no":
         return "note", f"{value}, but ConstrainDevices=no", why, "never set CUDA_VISIBLE_DEVICES in slurm.env or setup"
     return "ok", value, why, NOTHING
@@ -617,6 +620,7 @@ def judge_partition(asked: Asked, cfg: Config) -> list[Finding]:
             found.append(_nodes(str(where), here))
         if cfg.slurm.constraint is not None and here:
             found.append(_constraint(cfg.slurm.constraint, here))
+    found.append(_maintenance(asked, cfg))
     why = "what slurm.* asks for must be there"
     if isinstance(asked.groups, Unknown):
         found.append(_unknown(topic, "request", asked.groups, why))
@@ -684,6 +688,31 @@ def _nodes(name: str, here: Sequence[Nodes]) -> Finding:
     if up < total / 2:
         return Finding(topic, "nodes", "warning", seen, why, f"reckon with a long queue, or {ADMIN}")
     return Finding(topic, "nodes", "ok", seen, why)
+
+
+def _maintenance(asked: Asked, cfg: Config) -> Finding:
+    """Reservations for maintenance, of any nodes: whose they are, a user cannot tell from the node list alone."""
+    topic, name = "partition", "maintenance"
+    why = "a job whose wall time reaches into it does not start before its end"
+    if isinstance(asked.reservations, Unknown):
+        return _unknown(topic, name, asked.reservations, why)
+    coming = []
+    for title, record in parse_records(asked.reservations, "ReservationName").items():
+        try:
+            start = datetime.fromisoformat(record.get("StartTime", "")).timestamp()
+            end = datetime.fromisoformat(record.get("EndTime", "")).timestamp()
+        except (ValueError, OverflowError, OSError):
+            continue
+        if "MAINT" in record.get("Flags", "").split(",") and end > asked.now:
+            coming.append((start, f"{title}: {record['StartTime']} to {record['EndTime']} on {record.get('Nodes')}"))
+    if not coming:
+        return Finding(topic, name, "ok", "none is announced", why)
+    start, seen = min(coming)
+    left = max(0, int(start - asked.now) // 60)
+    if start - asked.now < parse_wall_time(cfg.slurm.wall_time):
+        fix = f"slurm.wall_time={left} (minutes) or less until then: runs are requeued and go on" if left else "wait"
+        return Finding(topic, name, "warning", seen, why, fix)
+    return Finding(topic, name, "note", seen, why, "nothing to do yet: jobs of this wall time end before it")
 
 
 def _constraint(wanted: str, here: Sequence[Nodes]) -> Finding:

@@ -36,7 +36,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from conf.check import ConfigError, check_run, gpus_per_node
+from conf.check import ConfigError, check_job, gpus_per_node
 from conf.schema import Config
 from launchers import slurm
 from launchers.diagnosis import (
@@ -88,13 +88,16 @@ class Order:
 
 def ask(conf: str | None) -> Asked:
     """All that SLURM says. Where no controller answers, that is all: every question would wait in vain."""
+    if conf is not None and not Path(conf).exists():  # SLURM's programs would look for it for a minute
+        silent = slurm.Unknown(f"there is no {conf}")
+        return Asked.nothing(silent, silent, silent, 0.0)
     version = slurm.show_version(conf)
     begin = time.monotonic()
     ping = slurm.ping(conf)
     seconds = time.monotonic() - begin
     if isinstance(ping, slurm.Unknown) or " UP" not in ping:
         silent = slurm.Unknown("no controller answers")
-        return Asked(version, ping, seconds, silent, silent, silent, silent, silent, silent, silent)
+        return Asked.nothing(silent, version, ping, seconds)
     config = slurm.show_config(conf)
     none = slurm.Unknown("there is no accounting")
     accounts = isinstance(config, str) and "slurmdbd" in parse_config(config).get("AccountingStorageType", "")
@@ -104,7 +107,7 @@ def ask(conf: str | None) -> Asked:
         qos=slurm.show_qos(conf) if accounts else none,
         associations=slurm.show_associations(conf) if accounts else none,
         sacct=slurm.show_accounting(conf) if accounts else none,
-        groups=slurm.partitions(conf), mine=_my_groups(),
+        groups=slurm.partitions(conf), reservations=slurm.show_reservations(conf), now=time.time(), mine=_my_groups(),
     )  # fmt: skip
 
 
@@ -282,9 +285,13 @@ def job_script(cfg: Config, folder: Path, nodes: int) -> str:
 
 @contextlib.contextmanager
 def _job_folder(output_base: Path) -> Iterator[Path]:
-    """A folder for the job, gone at the end; what cannot be removed stays."""
+    """A folder for the job, gone at the end; and those of commands that were killed go with it."""
     folder = output_base / FOLDER / secrets.token_hex(4)
     folder.mkdir(parents=True)
+    for other in folder.parent.iterdir():
+        with contextlib.suppress(OSError):
+            if time.time() - other.stat().st_mtime > 86400:
+                shutil.rmtree(other, ignore_errors=True)
     try:
         yield folder
     finally:
@@ -305,7 +312,7 @@ def run_job(order: Order, nodes: int, say: Callable[[str], None]) -> Job:
     with _job_folder(order.output_base) as folder:
         shutil.copyfile(SOURCE / "launchers" / "doctor_job.py", folder / "doctor_job.py")
         hub = cfg.slurm.env.get("HF_ENDPOINT") or os.environ.get("HF_ENDPOINT") or HUB
-        request = {"packages": list(PACKAGES), "hub": hub, "ranks": nodes, "deadline_s": 20}
+        request = {"packages": list(PACKAGES), "hub": hub, "ranks": nodes, "deadline_s": 40}
         (folder / "request.json").write_text(json.dumps(request))
         write_atomic(folder / "job.sh", job_script(cfg, folder, nodes))
         job_id = None
@@ -350,7 +357,7 @@ def _attend(folder: Path, job_id: str, nodes: int, order: Order, say: Callable[[
         else:
             step = _step(folder)
             say(f"job {job_id} looks around{f' ({step})' if step else ''}: {now - started:.0f} s")
-        time.sleep(0.3 if waited < 30 else 2.0)
+        time.sleep(0.5 if waited < 10 else 2.0)
     return _seen(folder, Job(nodes, job_id, waited=time.monotonic() - begin, state=record.state if record else None))
 
 
@@ -468,7 +475,7 @@ def select(tokens: Sequence[str]) -> Config:
         raise ConfigError(f"{stage}.{key}", value, "doctor looks for all stages at once", f"{key}={value}")
     mine = [token for token in written if split(token)[1] not in ("cluster", "stages.selected")]
     cfg = composer.config([*mine, f"cluster={resolve_cluster(composer, layers, composer.config(written))}"])
-    check_run(cfg)
+    check_job(cfg)
     return cfg
 
 
@@ -526,10 +533,13 @@ def report(order: Order, findings: Sequence[Finding], kept: Path | None, why_not
     for line in lines(findings, max(40, width), tty and "NO_COLOR" not in os.environ):
         print(line)
     print(f"\ncluster={cfg.cluster.name}: {summary(findings)}")
+    for level, word in (("problem", "problems"), ("warning", "warnings")):
+        if names := [f"{finding.name} ({finding.topic})" for finding in findings if finding.level == level]:
+            print("\n".join(_wrapped(f"{word}: {', '.join(names)}", max(40, width))))
     if kept:
         print(f"written where submit uses it: {near(kept)}")
     elif why_not:
-        print(f"nothing was written for submit: {why_not}")
+        print(f"nothing is written for submit: {why_not}")
 
 
 class _Progress:
@@ -582,7 +592,7 @@ def main(argv: list[str] | None = None) -> int:
             except OSError as error:
                 why_not = f"{error.filename or base}: {error.strerror or error}"
         elif cfg.cluster.scheduler == "slurm":
-            why_not = "SLURM did not answer; what was found before stays"
+            why_not = "SLURM did not answer"
         report(order, findings, kept, why_not)
         sys.stdout.flush()
         return 1 if any(finding.level == "problem" for finding in findings) else 0

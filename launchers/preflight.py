@@ -246,7 +246,7 @@ def check_cluster(configs: Mapping[str, Config]) -> None:
         )
     found = slurm.partitions(cfg.cluster.slurm_conf)
     if isinstance(found, slurm.Unknown):
-        raise LaunchError(f"cluster={cfg.cluster.name}: SLURM does not answer: {found.why}", _wake(cfg))
+        raise LaunchError(f"cluster={cfg.cluster.name}: SLURM does not answer: {found.why}", wake(cfg))
     known = site.read(Path(cfg.paths.output_base).expanduser().absolute(), cfg.cluster.name)
     warned = set[str]()
     for name, stage in configs.items():
@@ -311,7 +311,8 @@ def _from_hub(cfg: Config) -> bool:
                for name, path in parts)  # fmt: skip
 
 
-def _wake(cfg: Config) -> str:
+def wake(cfg: Config) -> str:
+    """What to do where SLURM does not answer."""
     return (
         "python -m launchers.devcluster up"
         if cfg.cluster.name == "dev"

@@ -123,7 +123,8 @@ def _ask(*argv: str, conf: str | None, timeout: float = TIMEOUT_S) -> str | Unkn
     except OSError as error:
         return Unknown(f"{argv[0]}: {error.strerror}")
     if done.returncode != 0:
-        return Unknown(f"{argv[0]}: {done.stderr.strip() or f'status {done.returncode}'}")
+        said = done.stderr.strip() or done.stdout.partition("\n")[0].strip()  # scontrol ping says DOWN on stdout
+        return Unknown(f"{argv[0]}: {said or f'status {done.returncode}'}")
     return done.stdout
 
 
@@ -384,6 +385,11 @@ def show_partitions(conf: str | None = None) -> str | Unknown:
 def show_nodes(conf: str | None = None) -> str | Unknown:
     """partition|state|nodes|GRES|features, a line for nodes that are alike."""
     return _ask("sinfo", "--noheader", "--exact", "--format=%P|%T|%D|%G|%f", conf=conf, timeout=LOOK_S)
+
+
+def show_reservations(conf: str | None = None) -> str | Unknown:
+    """The reservations, a line each; a line of words where there are none."""
+    return _ask("scontrol", "--oneliner", "show", "reservation", conf=conf)
 
 
 def show_qos(conf: str | None = None) -> str | Unknown:
