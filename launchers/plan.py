@@ -165,23 +165,25 @@ SAMPLING_KEYS = ("max_completion_length", "num_generations", "num_iterations", "
 
 def alike(cfg: Config, earlier: Mapping[str, Any], exact: bool) -> bool:
     """Whether a run's seconds say something of this one's: technique, model, cluster and world are the same, and, where
-    `exact`, what else its steps' time depends on. Keys that a config of before does not have do not count."""
+    `exact`, what else its time depends on. Keys that a config of before does not have do not count."""
 
     def same(section: str, keys: Sequence[str]) -> bool:
         there, here = earlier.get(section), getattr(cfg, section)
         return isinstance(there, dict) and all(there[key] == _plain(getattr(here, key)) for key in keys if key in there)
 
     model = [key for key in vars(cfg.model) if key not in ("tokenizer", "chat_template", "initializer_range")]
+    own = vars(getattr(cfg, cfg.stage))
+    matters = [key for key in own if key in SAMPLING_KEYS] if cfg.stage in SAMPLING else []
+    if cfg.stage in UNTRAINED:
+        matters = [key for key in own if key not in ("text", "base_text")]
     return (
         earlier.get("stage") == cfg.stage
         and same("model", model)
         and same("slurm", ("num_nodes", "gpus_per_node", "gpu_type"))
         and same("cluster", ("name",))
         and same("parallel", ("strategy", "offload"))
-        and (not exact or same("training", STEP_KEYS))
-        and (not exact or cfg.stage not in SAMPLING or same(cfg.stage, [k for k in SAMPLING_KEYS
-                                                                        if hasattr(getattr(cfg, cfg.stage), k)]))
-    )  # fmt: skip
+        and (not exact or (same("training", () if cfg.stage in UNTRAINED else STEP_KEYS) and same(cfg.stage, matters)))
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -396,7 +398,7 @@ def _row(
         nothing = {"steps": None, "step_seconds": None, "life": None, "checkpoint": None}
         return row | nothing | _plainly(0.0, gpus, {"wait_seconds": 0.0}), ()
     if cfg.stage in UNTRAINED:
-        seen = next((run for run in runs if run.whole is not None and alike(cfg, run.config, exact=False)), None)
+        seen = next((run for run in runs if run.whole is not None and alike(cfg, run.config, exact=True)), None)
         row |= {"steps": None, "step_seconds": None, "life": None, "checkpoint": None}
         if seen is None or seen.whole is None:
             row["unknown"].append({"what": "how long it takes", "why": "no run like it was measured"})

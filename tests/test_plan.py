@@ -136,6 +136,8 @@ def test_a_stage_that_takes_no_steps_is_as_long_as_its_like(tmp_path: Path) -> N
         ("base", "sft", "rm", "ppo", "dpo", "grpo"), 1.0))  # fmt: skip
     one = row(said, "eval_sft")
     assert one["held_seconds"] == pytest.approx(77.0) and one["held"]["source"] == "measured"
+    longer = told(tmp_path, "stage=eval_sft", "cluster=dev", "inputs.model=a/b", "eval.max_new_tokens=1000")
+    assert row(longer, "eval_sft")["held_seconds"] is None
     whole = said["whole"]
     assert whole["not_counted"] == [] and whole["critical_path"][:2] == ["base", "sft"]
     assert whole["wall_seconds"] < sum(one["wall_seconds"] for one in said["stages"])
