@@ -319,8 +319,9 @@ def life_of(
     mttf = 3600 * assumed.mttf_hours / cfg.slurm.num_nodes
     minutes = cfg.checkpointing.save_minutes
     seconds = {key: figures[key].value or 0.0 for key in ("startup_seconds", "save_seconds", "teardown_seconds")}
-    if minutes == "auto":
-        every = accounting.save_interval(seconds["save_seconds"], mttf)
+    if minutes == "auto":  # it goes from checkpointing.mttf_hours to what the run has seen: as it stands half-way
+        half, prior = steps * step / 2, 3600 * cfg.checkpointing.mttf_hours
+        every = accounting.save_interval(seconds["save_seconds"], accounting.mttf(half, round(half / mttf), prior))
     else:
         every = math.inf if minutes is None else 60 * float(minutes)
     local = cfg.cluster.scheduler == "local"
@@ -702,9 +703,11 @@ def _said_of_saves(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     point, now = row["checkpoint"] or {}, row["goodput"]
     best, every = point.get("best_seconds"), point.get("every_seconds")
     if best and now and point["goodput_at_best"] - now["mean"] > WORTH_SAYING:
-        steps = max(1, round(best / row["step_seconds"]["value"]))
+        steps = min(max(1, round(best / row["step_seconds"]["value"])), round(row["steps"]["value"]))
         gain = f"{_percent(point['goodput_at_best'])} % instead of {_percent(now['mean'])} %"
-        how = f"checkpointing.save_steps={steps}, or save_minutes=auto"
+        how = f"checkpointing.save_steps={steps}"
+        if every is None or best < every:  # save_minutes adds saves to those of save_steps
+            how += ", or save_minutes=auto"
         yield "checkpoints", f"{row['stage']}: a save every {span(best)} is best (Young, Daly): {gain}; {how}"
     if row["gave_up"]:
         share = f"{_percent(row['gave_up'])} % of the simulated runs gave up without progress"

@@ -214,6 +214,11 @@ def test_saves_that_come_too_often_are_told(tmp_path: Path) -> None:
     assert one["checkpoint"]["goodput_at_best"] > one["goodput"]["mean"] + 0.3
     best = round(one["checkpoint"]["best_seconds"] / one["step_seconds"]["value"])
     assert f"checkpointing.save_steps={best}" in text
+    auto = row(told(tmp_path, *WIDE, "training.max_steps=20000", "checkpointing.save_minutes=auto"), "sft")
+    assert auto["goodput"]["mean"] < one["checkpoint"]["goodput_at_best"]  # save_steps=500 still holds beside it
+    settings = [*WIDE, "training.max_steps=20000", "checkpointing.save_steps=20000", "checkpointing.save_minutes=auto"]
+    alone = row(told(tmp_path, *settings), "sft")
+    assert alone["goodput"]["mean"] == pytest.approx(one["checkpoint"]["goodput_at_best"], abs=0.03)
 
 
 def test_a_wall_time_too_short_to_get_on(tmp_path: Path) -> None:
@@ -278,6 +283,7 @@ def test_bad_input_is_refused_in_words(
     assert status == 2 and all(word in said for word in words)
 
 
+@pytest.mark.slurm
 def test_nothing_is_written_and_slurm_is_asked(tmp_path: Path, devcluster: dc.Cluster) -> None:
     """One question for each different request; a request that SLURM refuses is told."""
     argv = ["pipeline=quickstart", "cluster=dev", f"cluster.slurm_conf={devcluster.conf}", "--json"]
