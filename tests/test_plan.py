@@ -212,8 +212,11 @@ def test_saves_that_come_too_often_are_told(tmp_path: Path) -> None:
     text = " ".join(plan.lines(said, 500))
     one = row(said, "sft")
     assert one["checkpoint"]["goodput_at_best"] > one["goodput"]["mean"] + 0.3
-    best = round(one["checkpoint"]["best_seconds"] / one["step_seconds"]["value"])
-    assert f"checkpointing.save_steps={best}" in text
+    assert "checkpointing.save_steps=20000" in text  # not more than it has
+    assert "save_minutes=auto" not in text  # which would add saves
+    rare = told(tmp_path, *WIDE, "training.max_steps=400000", "checkpointing.save_steps=400000", mttf_hours=20.0)
+    at = row(rare, "sft")["checkpoint"]["best_seconds"] / row(rare, "sft")["step_seconds"]["value"]
+    assert f"checkpointing.save_steps={round(at)}, or save_minutes=auto" in " ".join(plan.lines(rare, 500))
     auto = row(told(tmp_path, *WIDE, "training.max_steps=20000", "checkpointing.save_minutes=auto"), "sft")
     assert auto["goodput"]["mean"] < one["checkpoint"]["goodput_at_best"]  # save_steps=500 still holds beside it
     settings = [*WIDE, "training.max_steps=20000", "checkpointing.save_steps=20000", "checkpointing.save_minutes=auto"]
