@@ -165,23 +165,25 @@ SAMPLING_KEYS = ("max_completion_length", "num_generations", "num_iterations", "
 
 def alike(cfg: Config, earlier: Mapping[str, Any], exact: bool) -> bool:
     """Whether a run's seconds say something of this one's: technique, model, cluster and world are the same, and, where
-    `exact`, what else its steps' time depends on. Keys that a config of before does not have do not count."""
+    `exact`, what else its time depends on. Keys that a config of before does not have do not count."""
 
     def same(section: str, keys: Sequence[str]) -> bool:
         there, here = earlier.get(section), getattr(cfg, section)
         return isinstance(there, dict) and all(there[key] == _plain(getattr(here, key)) for key in keys if key in there)
 
     model = [key for key in vars(cfg.model) if key not in ("tokenizer", "chat_template", "initializer_range")]
+    own = vars(getattr(cfg, cfg.stage))
+    matters = [key for key in own if key in SAMPLING_KEYS] if cfg.stage in SAMPLING else []
+    if cfg.stage in UNTRAINED:
+        matters = [key for key in own if key not in ("text", "base_text")]
     return (
         earlier.get("stage") == cfg.stage
         and same("model", model)
         and same("slurm", ("num_nodes", "gpus_per_node", "gpu_type"))
         and same("cluster", ("name",))
         and same("parallel", ("strategy", "offload"))
-        and (not exact or same("training", STEP_KEYS))
-        and (not exact or cfg.stage not in SAMPLING or same(cfg.stage, [k for k in SAMPLING_KEYS
-                                                                        if hasattr(getattr(cfg, cfg.stage), k)]))
-    )  # fmt: skip
+        and (not exact or (same("training", () if cfg.stage in UNTRAINED else STEP_KEYS) and same(cfg.stage, matters)))
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -317,8 +319,9 @@ def life_of(
     mttf = 3600 * assumed.mttf_hours / cfg.slurm.num_nodes
     minutes = cfg.checkpointing.save_minutes
     seconds = {key: figures[key].value or 0.0 for key in ("startup_seconds", "save_seconds", "teardown_seconds")}
-    if minutes == "auto":
-        every = accounting.save_interval(seconds["save_seconds"], mttf)
+    if minutes == "auto":  # it goes from checkpointing.mttf_hours to what the run has seen: as it stands half-way
+        half, prior = steps * step / 2, 3600 * cfg.checkpointing.mttf_hours
+        every = accounting.save_interval(seconds["save_seconds"], accounting.mttf(half, round(half / mttf), prior))
     else:
         every = math.inf if minutes is None else 60 * float(minutes)
     local = cfg.cluster.scheduler == "local"
@@ -396,7 +399,7 @@ def _row(
         nothing = {"steps": None, "step_seconds": None, "life": None, "checkpoint": None}
         return row | nothing | _plainly(0.0, gpus, {"wait_seconds": 0.0}), ()
     if cfg.stage in UNTRAINED:
-        seen = next((run for run in runs if run.whole is not None and alike(cfg, run.config, exact=False)), None)
+        seen = next((run for run in runs if run.whole is not None and alike(cfg, run.config, exact=True)), None)
         row |= {"steps": None, "step_seconds": None, "life": None, "checkpoint": None}
         if seen is None or seen.whole is None:
             row["unknown"].append({"what": "how long it takes", "why": "no run like it was measured"})
@@ -700,9 +703,11 @@ def _said_of_saves(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     point, now = row["checkpoint"] or {}, row["goodput"]
     best, every = point.get("best_seconds"), point.get("every_seconds")
     if best and now and point["goodput_at_best"] - now["mean"] > WORTH_SAYING:
-        steps = max(1, round(best / row["step_seconds"]["value"]))
+        steps = min(max(1, round(best / row["step_seconds"]["value"])), round(row["steps"]["value"]))
         gain = f"{_percent(point['goodput_at_best'])} % instead of {_percent(now['mean'])} %"
-        how = f"checkpointing.save_steps={steps}, or save_minutes=auto"
+        how = f"checkpointing.save_steps={steps}"
+        if every is None or best < every:  # save_minutes adds saves to those of save_steps
+            how += ", or save_minutes=auto"
         yield "checkpoints", f"{row['stage']}: a save every {span(best)} is best (Young, Daly): {gain}; {how}"
     if row["gave_up"]:
         share = f"{_percent(row['gave_up'])} % of the simulated runs gave up without progress"

@@ -136,6 +136,8 @@ def test_a_stage_that_takes_no_steps_is_as_long_as_its_like(tmp_path: Path) -> N
         ("base", "sft", "rm", "ppo", "dpo", "grpo"), 1.0))  # fmt: skip
     one = row(said, "eval_sft")
     assert one["held_seconds"] == pytest.approx(77.0) and one["held"]["source"] == "measured"
+    longer = told(tmp_path, "stage=eval_sft", "cluster=dev", "inputs.model=a/b", "eval.max_new_tokens=1000")
+    assert row(longer, "eval_sft")["held_seconds"] is None
     whole = said["whole"]
     assert whole["not_counted"] == [] and whole["critical_path"][:2] == ["base", "sft"]
     assert whole["wall_seconds"] < sum(one["wall_seconds"] for one in said["stages"])
@@ -210,8 +212,16 @@ def test_saves_that_come_too_often_are_told(tmp_path: Path) -> None:
     text = " ".join(plan.lines(said, 500))
     one = row(said, "sft")
     assert one["checkpoint"]["goodput_at_best"] > one["goodput"]["mean"] + 0.3
-    best = round(one["checkpoint"]["best_seconds"] / one["step_seconds"]["value"])
-    assert f"checkpointing.save_steps={best}" in text
+    assert "checkpointing.save_steps=20000" in text  # not more than it has
+    assert "save_minutes=auto" not in text  # which would add saves
+    rare = told(tmp_path, *WIDE, "training.max_steps=400000", "checkpointing.save_steps=400000", mttf_hours=20.0)
+    at = row(rare, "sft")["checkpoint"]["best_seconds"] / row(rare, "sft")["step_seconds"]["value"]
+    assert f"checkpointing.save_steps={round(at)}, or save_minutes=auto" in " ".join(plan.lines(rare, 500))
+    auto = row(told(tmp_path, *WIDE, "training.max_steps=20000", "checkpointing.save_minutes=auto"), "sft")
+    assert auto["goodput"]["mean"] < one["checkpoint"]["goodput_at_best"]  # save_steps=500 still holds beside it
+    settings = [*WIDE, "training.max_steps=20000", "checkpointing.save_steps=20000", "checkpointing.save_minutes=auto"]
+    alone = row(told(tmp_path, *settings), "sft")
+    assert alone["goodput"]["mean"] == pytest.approx(one["checkpoint"]["goodput_at_best"], abs=0.03)
 
 
 def test_a_wall_time_too_short_to_get_on(tmp_path: Path) -> None:
@@ -276,6 +286,7 @@ def test_bad_input_is_refused_in_words(
     assert status == 2 and all(word in said for word in words)
 
 
+@pytest.mark.slurm
 def test_nothing_is_written_and_slurm_is_asked(tmp_path: Path, devcluster: dc.Cluster) -> None:
     """One question for each different request; a request that SLURM refuses is told."""
     argv = ["pipeline=quickstart", "cluster=dev", f"cluster.slurm_conf={devcluster.conf}", "--json"]
