@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from conf.check import gpus_per_node, tasks_per_node
+from conf.check import ConfigError, gpus_per_node, tasks_per_node
 from conf.schema import Config
 from post_training.run import life
 from post_training.run.directory import RunDirectory
@@ -95,6 +97,8 @@ def sbatch_options(
         "time": slurm.wall_time,
         "constraint": slurm.constraint,
         "exclude": slurm.exclude,
+        "mail-user": slurm.mail_user,
+        "mail-type": ",".join(slurm.mail_type) if slurm.mail_user is not None else None,
         "output": f"{logs}.out",
         "error": f"{logs}.err",
         "open-mode": "append",
@@ -107,14 +111,77 @@ def sbatch_options(
     return {**given, "requeue": None}
 
 
+def whole(path: str) -> str:
+    """A path from the root on; links in it stay what they are."""
+    return str(Path(path).expanduser().absolute())
+
+
+def python_of(cfg: Config) -> str:
+    """The Python of the jobs: the one that submits, unless the config says otherwise."""
+    if cfg.cluster.python is not None:
+        return cfg.cluster.python
+    if cfg.container.image is not None:
+        return "python3"
+    if cfg.slurm.venv is not None:
+        return f"{whole(cfg.slurm.venv)}/bin/python"
+    return "python" if cfg.slurm.conda is not None else sys.executable
+
+
+def mounts(given: Sequence[str], folders: Sequence[str]) -> list[str]:
+    """What a container sees of the node: what the user gave, and the folders that a run needs. Pure.
+
+    A folder inside another one, or that the user gave, is not named again. Raises ConfigError for a path that no
+    runtime can take: it has a comma or a colon.
+    """
+    kept = list(given)
+    for folder in sorted(set(folders)):
+        inside = [m for m in kept if (folder + "/").startswith(m.split(":")[0].rstrip("/") + "/") and ":" not in m]
+        if inside or any(m.split(":")[0] == folder for m in given):
+            continue
+        if re.search("[,:]", folder):
+            problem = "is needed inside the container, and no path with a comma or colon can be"
+            raise ConfigError("container.image", folder, problem, "container.mounts=[<a folder above it>]")
+        kept.append(folder)
+    return kept
+
+
+def container(cfg: Config, run: RunDirectory, folders: Sequence[str]) -> dict[str, list[str]] | None:
+    """Words before a command that is to run in the container, by who says them: `command` before the program, and
+    `srun` among srun's options. None without a container.
+
+    folders: what the run needs beside its own and paths.output_base.
+    """
+    how = cfg.container
+    if how.image is None:
+        return None
+    image, local = how.image, how.runtime != "pyxis" or how.image.startswith(("/", ".", "~"))
+    if local:
+        image = whole(image)
+    base = whole(cfg.paths.output_base)
+    bound = mounts(how.mounts, [base, *([] if str(run.root).startswith(base + "/") else [str(run.root)]), *folders])
+    if how.runtime == "pyxis":
+        pairs = [mount if ":" in mount else f"{mount}:{mount}" for mount in bound]
+        options = [f"--container-image={image}", f"--container-mounts={','.join(pairs)}"]
+        return {"command": [], "srun": [*options, f"--container-workdir={run.root}", *how.arguments]}
+    gpus = ["--nv"] if gpus_per_node(cfg) and not {"--rocm", "--nvccli"} & set(how.arguments) else []
+    command = [how.runtime, "--silent", "exec", *gpus, "--bind", ",".join(bound), "--pwd", str(run.root)]
+    return {"command": [*command, *how.arguments, image], "srun": []}
+
+
 def job_script(
-    cfg: Config, run: RunDirectory, python: str, dependency: list[str] | None = None, array: Array | None = None
-) -> str:
+    cfg: Config, run: RunDirectory, python: str, dependency: list[str] | None = None, folders: Sequence[str] = (),
+    array: Array | None = None,
+) -> str:  # fmt: skip
     """The job script of a run, for SLURM or for the local supervisor as `cfg.cluster.scheduler` says.
 
-    array: the script is that of all its runs, of which `run` is one.
+    folders: what a container has to see beside paths.output_base. array: the script is that of all its runs.
     """
     template = f"{cfg.cluster.scheduler}.sh.j2"
+    inside = container(cfg, run, folders)
+    words = '"$PYTHON"' if inside is None else '"${python[@]}"'
+    if inside is not None and inside["srun"]:
+        words = f'"${{container[@]}}" {words}'
+    host_python = cfg.container.host_python if inside is not None else None
     # later than the ranks' own watchdogs, which can say what they were doing
     watchdog_s = 60 * cfg.slurm.watchdog_minutes
     hung_seconds = int(1.25 * watchdog_s + min(30, watchdog_s / 2))
@@ -131,6 +198,12 @@ def job_script(
             python=python,
             modules=list(cfg.slurm.modules),
             setup=list(cfg.slurm.setup),
+            venv=None if cfg.slurm.venv is None else whole(cfg.slurm.venv),
+            conda=cfg.slurm.conda,
+            container=inside,
+            host_python=host_python,
+            python_words=words,
+            guarded=inside is None or not inside["srun"] or host_python is not None,
             env=dict(cfg.slurm.env),
             offline=cfg.offline,
             num_nodes=cfg.slurm.num_nodes,
@@ -145,6 +218,7 @@ def job_script(
             requeue_code=life.REQUEUE,
             busy_code=life.BUSY,
             avoid_code=life.AVOID,
+            cancelled_code=life.CANCELLED,
             hung_code=life.HUNG,
             hung_seconds=hung_seconds,
             watch_seconds=max(1, min(30, hung_seconds // 8)),

@@ -35,6 +35,7 @@ NEVER = "DependencyNeverSatisfied"
 Frozen = dict[str, Any]
 SECTIONS = (
     "model", "data", "training", "lora", "checkpointing", "slurm", "cluster", "parallel", "logging", "guardrails",
+    "notify", "container",
 )  # fmt: skip
 
 
@@ -108,6 +109,19 @@ def freeze(cfg: Config, name: str, run_name: str, inputs: Mapping[str, Any]) -> 
     }  # fmt: skip
     frozen["identity"] = identity(frozen)
     return frozen
+
+
+def folders_of(frozen: Frozen) -> list[str]:
+    """Folders and files outside the run that a frozen config names: a container must see them. Pure."""
+    data, evaluation = frozen["data"], frozen["eval"]
+    named = [
+        frozen["model"]["name_or_path"], frozen["model"]["tokenizer"], data["path"], data["eval_path"],
+        *(part["path"] for part in data["datasets"]),
+        *((source or {}).get("path") for source in frozen["inputs"].values()),
+        (frozen.get("merge") or {}).get("adapter"), evaluation["tasks_path"], evaluation["text"]["path"],
+        evaluation["judge"]["questions"], evaluation["judge"]["reference"],
+    ]  # fmt: skip
+    return sorted({path for path in named if path is not None and path.startswith("/")})
 
 
 def determining(frozen: Frozen) -> dict[str, Any]:

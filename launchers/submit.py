@@ -20,9 +20,9 @@ from conf.check import ConfigError, gpus_per_node, parse_wall_time, split_functi
 from launchers import cli, slurm
 from launchers.errors import LaunchError, Unanswered, gate_fix
 from launchers.preflight import check_cluster, check_leads
-from launchers.render import job_script
+from launchers.render import Array, job_script, python_of
 from launchers.selection import Selection, select
-from launchers.submission import PIPELINE_FILE, Plan, Planned, live_jobs, make_plan, own_files
+from launchers.submission import PIPELINE_FILE, Plan, Planned, folders_of, live_jobs, make_plan, own_files
 from launchers.table import near
 from post_training.run import environment, gate, ledger, life
 from post_training.run.directory import RunDirectory, fsync_path, write_atomic
@@ -239,9 +239,9 @@ def _write_own_files(planned: Planned) -> None:
         target.write_bytes(text)
 
 
-def python_of(planned: Planned) -> str:
-    """The Python of a run's job."""
-    return planned.cfg.cluster.python or sys.executable
+def script_of(planned: Planned, dependency: list[str] | None = None, array: Array | None = None) -> str:
+    """The text of a run's job script, or of that of an array of which it is an element."""
+    return job_script(planned.cfg, planned.run, python_of(planned.cfg), dependency, folders_of(planned.frozen), array)
 
 
 def write(plan: Plan, undo: Undo, code: Code, durable: bool = True) -> None:
@@ -268,7 +268,7 @@ def write(plan: Plan, undo: Undo, code: Code, durable: bool = True) -> None:
         )
         write_atomic(run.config, dumped, durable)
         if plan.scheduler == "local":
-            write_atomic(run.script, job_script(planned.cfg, run, python_of(planned)))
+            write_atomic(run.script, script_of(planned))
     description = plan.folder / PIPELINE_FILE
     undo.descriptions[description] = None
     with contextlib.suppress(OSError):
@@ -326,7 +326,7 @@ def submit_one(plan: Plan, planned: Planned, undo: Undo) -> None:
     from launchers.executor import RunExecutor
 
     if planned.to_submit:
-        script = job_script(planned.cfg, planned.run, python_of(planned), dependencies(plan, planned))
+        script = script_of(planned, dependencies(plan, planned))
         undo.asked = True
         try:
             job = RunExecutor(planned.run, script, plan.cluster, plan.slurm_conf).submit_run()
@@ -442,7 +442,7 @@ def preview(plan: Plan) -> str:
         if planned.to_submit:
             ups = [up for up in planned.after if up in plan.stages and plan.stages[up].decision != "done"]
             waits = [*(f"<job of {up}>" for up in ups), *planned.waits_for]
-            script = job_script(planned.cfg, planned.run, python_of(planned), waits)
+            script = script_of(planned, waits)
             lines += ["", f"# {'-' * 20} {planned.run.script}", script.rstrip()]
     return os.linesep.join(lines) + os.linesep
 

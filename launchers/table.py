@@ -5,7 +5,6 @@ Shared by status and the local supervisor. Files that people or power cuts damag
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import statistics
@@ -37,13 +36,16 @@ def read_history(run: RunDirectory) -> Story:
     """What the ledger says. Events that lack what they must have are left out and counted."""
     try:
         text = run.ledger.read_text(encoding="utf-8", errors="replace")
-        events = ledger.parse(text)
+        entries, lines = ledger.parse_lines(text)
     except FileNotFoundError:
         return Story(History())
     except (OSError, RecursionError) as error:
         return Story(History(), f"ledger.jsonl cannot be read: {getattr(error, 'strerror', None) or error}")
-    good = tuple(event for event in events if is_sound(event) and number(event["time"]) is not None)
-    lines = sum(1 for line in text.splitlines() if line.strip())
+    good = tuple(
+        entry
+        for entry in entries
+        if isinstance(entry.get("event"), str) and number(entry.get("time")) is not None and is_sound(entry)
+    )
     if len(good) == lines:
         return Story(summarise(good), None, good)
     return Story(summarise(good), f"ledger.jsonl: {lines - len(good)} of {lines} lines are damaged", good)
@@ -81,20 +83,11 @@ class Metrics:
 
 def number(value: Any) -> float | None:
     """A finite number as it is, anything else as None."""
-    good = isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
-    return value if good else None
+    return value if (type(value) is float or type(value) is int) and -1e300 < value < 1e300 else None
 
 
 def _parse(data: bytes) -> list[dict[str, Any]]:
-    records = []
-    for line in data.decode(errors="replace").split("\n"):
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            continue  # a torn line, or the piece at which the tail begins
-        if isinstance(entry, dict):
-            records.append(entry)
-    return records
+    return ledger.parse_lines(data.decode(errors="replace"))[0]
 
 
 def read_metrics(path: Path) -> Metrics:
@@ -103,7 +96,8 @@ def read_metrics(path: Path) -> Metrics:
         with path.open("rb") as file:
             start = max(0, file.seek(0, 2) - TAIL_BYTES)
             file.seek(start)
-            records = _parse(file.read())
+            data = file.read()
+            records = _parse(data[data.find(b"\n") + 1 :] if start else data)  # the first line is a piece
             if start and not any("max_steps" in entry for entry in records):
                 file.seek(0)
                 records = _parse(file.readline(TAIL_BYTES)) + records
@@ -119,11 +113,12 @@ def summarise_metrics(records: list[dict[str, Any]]) -> Metrics:
         return next((v for entry in reversed(records) if (v := number(entry.get(name))) is not None), None)
 
     rates = []
-    for before, after in itertools.pairwise(records):
-        steps = (number(after.get("step")) or 0) - (number(before.get("step")) or 0)
-        t0, t1 = number(before.get("time")), number(after.get("time"))
-        if steps > 0 and t0 is not None and t1 is not None and t1 >= t0:
-            rates.append((t1 - t0) / steps)
+    t0 = s0 = None
+    for entry in records:
+        t1, s1 = number(entry.get("time")), number(entry.get("step")) or 0
+        if t0 is not None and t1 is not None and s0 is not None and s1 > s0 and t1 >= t0:
+            rates.append((t1 - t0) / (s1 - s0))
+        t0, s0 = t1, s1
     step, max_steps = newest("step"), newest("max_steps")
     return Metrics(
         step=None if step is None else int(step),
@@ -154,6 +149,17 @@ def duration(seconds: float | None) -> str:
     if days:
         return f"{days}-{hours:02}:{minutes:02}:{secs:02}"
     return f"{hours}:{minutes:02}:{secs:02}" if hours else f"{minutes}:{secs:02}"
+
+
+def rounded(seconds: float) -> str:
+    """An estimated duration, no finer than it is worth: 40 s, 12 min, 2 h 05, 3 d 04 h."""
+    minutes = round(seconds / 60)
+    if seconds < 99.5:
+        return f"{max(0, seconds):.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    hours = round(minutes / 60)
+    return f"{minutes // 60} h {minutes % 60:02}" if hours < 48 else f"{hours // 24} d {hours % 24:02} h"
 
 
 def figure(value: float | None) -> str:
