@@ -483,6 +483,10 @@ def _check_slurm(cfg: Config) -> None:
             raise ConfigError("slurm.env", name, "no name of an environment variable", "letters, digits and _")
     if cfg.slurm.mem is not None and not re.fullmatch(r"\d+[KMGT]?", cfg.slurm.mem):
         raise ConfigError("slurm.mem", cfg.slurm.mem, "not an amount of memory", "write it as in 500G")
+    if cfg.slurm.array_parallelism is not None and cfg.container.image is not None:
+        problem = "a container's options name its run, and the elements of an array have one script"
+        key = "slurm.array_parallelism"
+        raise ConfigError(key, cfg.slurm.array_parallelism, problem, f"{key}=null")
     if cfg.cluster.scheduler == "local" and cfg.slurm.num_nodes != 1:
         raise ConfigError("slurm.num_nodes", cfg.slurm.num_nodes, "cluster=local is one machine", "slurm.num_nodes=1")
 

@@ -214,6 +214,11 @@ class Cluster:
 
 
 @dataclass
+class Sweep:
+    metric: str | None = key(None, "what a sampler (-m hydra/sweeper=optuna) makes better: <eval stage>/<figure>")
+
+
+@dataclass
 class Parallel:
     strategy: str = key("ddp", "how ranks share the work: ddp, zero2 or zero3 (DeepSpeed), or fsdp2 (torch)")
     offload: bool = key(False, "zero2, zero3: optimizer state, under zero3 the weights too, in the node's own memory")
@@ -571,6 +576,7 @@ class Config:
     serve: Serve = key(Serve(), "launchers.serve: an OpenAI-compatible server for a stage's model")
     prepare: Prepare = key(Prepare(), "prepare stage: data tokenised and packed before its stages start, on CPUs")
     pipeline: Pipeline = key(Pipeline(), "the graph of stages")
+    sweep: Sweep = key(Sweep(), "points sampled by an optimiser, under -m")
     stages: dict[str, Any] = key({}, "what `<stage>.<key>=...` on the command line sets for one stage alone")
 
 

@@ -27,12 +27,13 @@ def run(
     usage: str,
     argv: Sequence[str] | None = None,
     sweep: Callable[[Sweep, list[S]], int] | None = None,
+    sample: Callable[[list[str]], int | None] | None = None,
 ) -> int:
     """Run an entry point. Returns its exit status: 2, with one clear message, for what it refuses.
 
     select: from rewritten overrides to what they mean; raises ConfigError, LaunchError. Under -m every point of the
     sweep is selected before `act` does anything, so that a wrong last point leaves nothing behind. sweep: acts on all
-    points of a sweep at once.
+    points of a sweep at once. sample: acts where a sampler is to choose them; None where the command names none.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -43,8 +44,14 @@ def run(
 
         tokens = [arg if arg.startswith("-") else rewrite_stage(rewrite(arg)) for arg in args]
         several = None
+        if not any(token in ("-m", "--multirun") for token in tokens):
+            sampler = next((token for token in tokens if token.startswith("hydra/sweeper=")), None)
+            if sampler is not None:
+                raise ConfigError("hydra/sweeper", sampler.partition("=")[2], "samples the points of a sweep", "add -m")
         if any(token.startswith("-") for token in tokens):
             multirun = [token for token in tokens if token not in ("-m", "--multirun")]
+            if sample is not None and len(multirun) < len(tokens) and (status := sample(multirun)) is not None:
+                return status
             if len(multirun) < len(tokens) and not any(token.startswith(("-", "hydra")) for token in multirun):
                 points, several = expand(multirun)
             else:
@@ -131,8 +138,13 @@ def expand(tokens: list[str]) -> tuple[list[list[str]], Sweep | None]:
     return name_points(points, keys)
 
 
-def name_points(points: list[list[str]], keys: set[str]) -> tuple[list[list[str]], Sweep]:
-    """Give each point of a sweep a folder by what differs. Raises ConfigError where two would have the same."""
+def name_points(
+    points: list[list[str]], keys: set[str], alike: bool = False
+) -> tuple[list[list[str]], Sweep]:  # fmt: skip
+    """Give each point of a sweep a folder by what differs. alike: points may be the same.
+
+    Raises ConfigError where two that are not would have the same folder.
+    """
     from launchers.compose import split
     from launchers.selection import composer
 
@@ -147,9 +159,10 @@ def name_points(points: list[list[str]], keys: set[str]) -> tuple[list[list[str]
             bases[chosen] = str(composer().config(chosen).pipeline.name)
         values = {_shown(split(token)[1]): split(token)[2] or "" for token in point if split(token)[1] in keys}
         rest = [token for token in point if split(token)[1] != "run_name"]
-        name = values["run_name"] if own else point_name(_unquoted(given) if given else bases[chosen], point, keys)
-        name = _unquoted(str(name))
-        if name in found and not {"stage", "stages.selected"} & {split(token)[1] for token in point}:
+        name = values["run_name"] if own else point_name(unquoted(given) if given else bases[chosen], point, keys)
+        name = unquoted(str(name))
+        several = {"stage", "stages.selected"} & {split(token)[1] for token in point}
+        if name in found and not several and not (alike and found[name] == values):
             two = " and ".join(",".join(f"{k}={v}" for k, v in one.items()) for one in (found[name], values))
             raise ConfigError(
                 next(iter(values)), two, f"would both have the folder {name}", "a run_name for each, or one at a time"
@@ -157,7 +170,7 @@ def name_points(points: list[list[str]], keys: set[str]) -> tuple[list[list[str]
         found[name] = values
         result.append([*rest, f"run_name='{_quoted(name)}'"])
     words = ",".join(sorted(_shown(key) for key in keys))
-    name = _unquoted(given) if given and not own else _clean(f"{'-'.join(dict.fromkeys(bases.values()))}-{words}")
+    name = unquoted(given) if given and not own else _clean(f"{'-'.join(dict.fromkeys(bases.values()))}-{words}")
     return result, Sweep(name, found)
 
 
@@ -165,7 +178,7 @@ def _shown(key: str) -> str:
     return key.removeprefix("stages.").replace(".choices.", ".")
 
 
-def _unquoted(value: str) -> str:
+def unquoted(value: str) -> str:
     """A value as it stands in an override, without its quotes."""
     if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
         return value[1:-1].replace(f"\\{value[0]}", value[0])

@@ -272,7 +272,8 @@ def sweep_sheet(name: str, ranking: points.Ranking) -> Sheet:
             if of is None or of.score is None or of.headline is None:
                 cells.append(Cell("-"))
                 continue
-            plain = {"score": asdict(of.score), "headline": of.headline}
+            figure = {key: value for key, value in asdict(of.score).items() if value is not None}
+            plain = {"score": figure, "headline": of.headline}
             score, half = _score_cells(plain)
             cells.append(Cell(f"{score.text} +- {half.text}" if half.text and of.score.low is not None else score.text))
         columns.append(Column(one_line(stage), cells))

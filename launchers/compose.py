@@ -42,7 +42,7 @@ from conf.schema import LENGTHS, TECHNIQUES, Config, Gate, Node
 CONF = Path(__file__).resolve().parent.parent / "conf"
 OWN = "POST_TRAINING_CONF"
 """The environment variable with a folder laid out as conf/, whose files stand beside the project's: a site's, yours."""
-ONE_FOR_ALL = ("stage", "pipeline", "cluster", "run_name", "dry_run", "stages", "paths")
+ONE_FOR_ALL = ("stage", "pipeline", "cluster", "run_name", "dry_run", "stages", "paths", "sweep")
 """Root keys that cannot differ between the stages of one pipeline."""
 _TOKEN = re.compile(r"(?P<prefix>\+\+|\+|~)?(?P<key>[^=]+?)(?:=(?P<value>.*))?", re.DOTALL)
 

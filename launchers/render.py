@@ -174,8 +174,7 @@ def job_script(
 ) -> str:  # fmt: skip
     """The job script of a run, for SLURM or for the local supervisor as `cfg.cluster.scheduler` says.
 
-    folders: what a container has to see beside paths.output_base. array: the script is that of all its runs, of which
-    `run` is one.
+    folders: what a container has to see beside paths.output_base. array: the script is that of all its runs.
     """
     template = f"{cfg.cluster.scheduler}.sh.j2"
     inside = container(cfg, run, folders)

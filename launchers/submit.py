@@ -240,7 +240,7 @@ def _write_own_files(planned: Planned) -> None:
 
 
 def script_of(planned: Planned, dependency: list[str] | None = None, array: Array | None = None) -> str:
-    """The text of a run's job script, or of an array of which it is one."""
+    """The text of a run's job script, or of that of an array of which it is an element."""
     return job_script(planned.cfg, planned.run, python_of(planned.cfg), dependency, folders_of(planned.frozen), array)
 
 

@@ -14,7 +14,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,31 @@ def _launch_here(sweep: Sweep, selections: Sequence[Selection]) -> int:
 
 
 def _launch_on_slurm(sweep: Sweep, selections: Sequence[Selection]) -> int:
+    taken = put(sweep, selections)
+    show(sweep, taken.plans)
+    status = max(submit.tell_gates(plan) for plan in taken.plans)
+    if taken.left:
+        total = taken.submitted + taken.left
+        print(
+            f"{taken.submitted} of {total} jobs submitted: {taken.why}\n"
+            "  fix: the same command when some have ended: it adds those that are missing", file=sys.stderr,
+        )  # fmt: skip
+        return 1
+    return status
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What SLURM took of a sweep's jobs."""
+
+    plans: list[Plan]
+    submitted: int
+    left: int  # jobs that it did not take, for a limit of their number
+    why: str
+
+
+def put(sweep: Sweep, selections: Sequence[Selection], metric: str | None = None) -> Taken:
+    """Plan and submit points on SLURM. Raises as `launch`; Full where no job was taken."""
     distinct = {repr(s.config(name).slurm): (name, s.config(name)) for s in selections for name in s.wanted}
     check_cluster(dict(distinct.values()))
     left: list[Planned] = []
@@ -121,17 +146,8 @@ def _launch_on_slurm(sweep: Sweep, selections: Sequence[Selection]) -> int:
                 left, why = _drop(plans, undo), error.problem
                 if not undo.submitted:
                     raise
-        points.record(selections[0].output_base, sweep.name, sweep.points)
-    show(sweep, plans)
-    status = max(submit.tell_gates(plan) for plan in plans)
-    if left:
-        done = len(undo.submitted)
-        print(
-            f"{done} of {done + len(left)} jobs submitted: {why}\n"
-            "  fix: the same command when some have ended: it adds those that are missing", file=sys.stderr,
-        )  # fmt: skip
-        return 1
-    return status
+        points.record(selections[0].output_base, sweep.name, sweep.points, metric)
+    return Taken(plans, len(undo.submitted), len(left), why)
 
 
 @contextlib.contextmanager
