@@ -55,7 +55,7 @@ exec @UNSHARE@ bash -c '
     case $bind in *:ro) mount -o remount,bind,ro "$IMAGE$destination" ;; esac
   done
   unset LD_LIBRARY_PATH
-  export PATH=/usr/local/bin:/usr/bin:/bin
+  export PATH=/usr/local/bin:/usr/bin:/bin PYTHONPATH=/of/the/image TEXT=image  # an image may set these
   exec /usr/sbin/chroot "$IMAGE" /bin/sh -c "cd \\"\\$FOLDER\\" && exec \\"\\$@\\"" sh "$@"
 ' enter "$@"
 """
