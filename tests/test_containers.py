@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conf.check import ConfigError, check_run, runs_here
-from conf.schema import Cluster, Config, Container, Paths, Slurm
+from conf.schema import Cluster, Config, Container, Notify, Paths, Slurm
 from launchers.preflight import check_places
 from launchers.render import container, job_script, mounts, python_of
 from launchers.submission import folders_of
@@ -32,8 +32,9 @@ from post_training.run.directory import RunDirectory
 from post_training.run.history import summarise
 from tests.slurm_fixture import wait_for
 from tests.test_failures import SlurmRun, runs
+from tests.test_notify import Hook, hook
 
-__all__ = ["runs"]
+__all__ = ["hook", "runs"]
 
 ENTER = """#!/bin/bash
 # enter IMAGE BINDS FOLDER COMMAND...: BINDS are source[:destination[:flags]], by commas
@@ -54,7 +55,7 @@ exec @UNSHARE@ bash -c '
     case $bind in *:ro) mount -o remount,bind,ro "$IMAGE$destination" ;; esac
   done
   unset LD_LIBRARY_PATH
-  export PATH=/usr/local/bin:/usr/bin:/bin
+  export PATH=/usr/local/bin:/usr/bin:/bin PYTHONPATH=/of/the/image TEXT=image  # an image may set these
   exec /usr/sbin/chroot "$IMAGE" /bin/sh -c "cd \\"\\$FOLDER\\" && exec \\"\\$@\\"" sh "$@"
 ' enter "$@"
 """
@@ -260,9 +261,12 @@ def test_a_run_in_a_conda_environment(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.slurm
 def test_runs_in_containers_are_requeued_though_these_have_no_scontrol(
-    runs: Callable[..., SlurmRun], runtime: Runtime, tmp_path: Path
+    runs: Callable[..., SlurmRun], runtime: Runtime, hook: Hook
 ) -> None:
-    """All at once, since each waits for the hold after a requeue: stopped on request, requeued, done."""
+    """All at once, since each waits for the hold after a requeue: stopped on request, requeued, done.
+
+    They tell it too: what the submitter's environment has reaches the nodes and the containers, and is written nowhere.
+    """
     ways = {
         "apptainer": Container(image=str(runtime.image)),
         "killed": Container(image=str(runtime.image)),
@@ -273,6 +277,8 @@ def test_runs_in_containers_are_requeued_though_these_have_no_scontrol(
     for name, asked in ways.items():
         run = runs("wait finish", name)
         run.cfg = replace(run.cfg, container=asked, paths=Paths(output_base=str(run.run.root.parent)))
+        asked_to_tell = vars(Notify(events=["done", "requeued"], webhook=True))
+        run.run.config.write_text(yaml.safe_dump({**run.run.read_config(), "notify": asked_to_tell}))
         with (run.run.code / "post_training/train.py").open("a") as file:
             file.write(
                 "import shutil\n(run.root / f'inside-{attempt}').write_text("
@@ -292,7 +298,12 @@ def test_runs_in_containers_are_requeued_though_these_have_no_scontrol(
         assert first["action"] == "requeue", (name, first)
         assert first["outcome"] == ("crashed" if name == "killed" else "stopped"), (name, first)
         assert run.history().attempts == 2
-        assert (run.run.root / "inside-2").read_text() == f"None {run.job_id} 0", name
+        scontrol, job_id, gpu = (run.run.root / "inside-2").read_text().split()
+        assert (scontrol, job_id, gpu.isdigit()) == ("None", run.job_id, True), name
+        told = [item["post_training"] for item in hook.got if item["post_training"]["stage"] == name]
+        assert [(item["event"], item["attempt"]) for item in told] == [("requeued", 2), ("done", 2)]
+        files = [path for path in run.run.root.rglob("*") if path.is_file()]
+        assert len(files) > 20 and not any(b"0HIDDEN" in path.read_bytes() for path in files)
     calls = "\n".join(call for call in runtime.calls() if "host-python" in call and "run.life" in call)
     assert calls == ""  # not in the container: the node's own Python
 

@@ -23,6 +23,7 @@ from conf import check
 from conf.check import ConfigError, check_notify, check_run
 from conf.schema import Cluster, Config, Notify, Slurm
 from launchers import notify as command
+from launchers.local import LocalRun, supervise
 from launchers.preflight import check_webhook
 from launchers.render import job_script, sbatch_options
 from launchers.submit import snapshot
@@ -89,7 +90,7 @@ def hook(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hook]:
 
 
 STUB = """
-import os, sys
+import os, sys, time
 from pathlib import Path
 from post_training.run import ledger, manifest
 from post_training.run.directory import RunDirectory
@@ -98,7 +99,8 @@ run, attempt, behave = RunDirectory(Path(sys.argv[1])), int(os.environ["POST_TRA
 if behave == "crash":
     sys.exit(7)
 if behave == "kill":
-    os.kill(os.getppid(), 9)
+    os.kill(os.getpgrp(), 9)  # the job script, in whose group it is
+    time.sleep(60)
 if behave == "stop":
     sys.exit(85)
 run.model.mkdir(exist_ok=True)
@@ -205,6 +207,17 @@ def test_crashes_are_told_when_it_gives_up(tmp_path: Path, hook: Hook) -> None:
     assert more[0] == "exit status 7; gave up after 2 failures without progress (slurm.max_failures)"
     assert more[1] == "takes with it: dpo, eval_dpo"
     assert more[2].startswith("job local-1 on ") and str(bench.run.root) in more[2]
+
+
+def test_the_supervisor_tells_where_the_script_could_not(
+    tmp_path: Path, hook: Hook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tmp_path / "full", webhook=True)
+    bench.script()
+    monkeypatch.setenv("STUB", "kill")
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert supervise([LocalRun(bench.run, (), 1, 3600, 60)], progress=False) == 1
+    assert hook.events == ["failed"] and hook.got[0]["post_training"]["attempt"] == 2
 
 
 def test_a_hook_that_is_away_fails_no_run(tmp_path: Path, hook: Hook) -> None:
