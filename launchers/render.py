@@ -161,8 +161,10 @@ def container(cfg: Config, run: RunDirectory, folders: Sequence[str]) -> dict[st
     bound = mounts(how.mounts, [base, *([] if str(run.root).startswith(base + "/") else [str(run.root)]), *folders])
     if how.runtime == "pyxis":
         pairs = [mount if ":" in mount else f"{mount}:{mount}" for mount in bound]
-        options = [f"--container-image={image}", f"--container-mounts={','.join(pairs)}"]
-        return {"command": [], "srun": [*options, "--container-workdir", str(run.root), *how.arguments]}
+        return {
+            "command": [],
+            "srun": [f"--container-image={image}", f"--container-mounts={','.join(pairs)}", *how.arguments],
+        }
     gpus = ["--nv"] if gpus_per_node(cfg) and not {"--rocm", "--nvccli"} & set(how.arguments) else []
     command = [how.runtime, "--silent", "exec", *gpus, "--bind", ",".join(bound), "--pwd", str(run.root)]
     return {"command": [*command, *how.arguments, image], "srun": []}

@@ -346,8 +346,9 @@ OVER = ("failed", "cancelled", "gated")
 
 
 def start_of(job: slurm.JobRecord | None) -> float | None:
-    """When SLURM expects to start a pending job, in seconds since the epoch; None where it does not say."""
-    if job is None or job.state != "PENDING":
+    """When SLURM expects to start a pending job, in seconds since the epoch; None where it does not say, or where the
+    job is held: then squeue goes on showing the time of the past requeue's end."""
+    if job is None or job.state != "PENDING" or "held" in job.reason.lower():
         return None
     try:
         return datetime.datetime.fromisoformat(job.start_time).timestamp()  # squeue tells local time

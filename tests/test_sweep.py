@@ -311,7 +311,8 @@ def test_points_as_elements_of_arrays(cluster: Bench, devcluster: dc.Cluster) ->
 
     wait_for("two at a time", lambda: states().count("RUNNING") == 2, 60)
     run = cluster.run(names[0], "dpo")
-    wait_for("the first trains", lambda: run.stdout(f"{array}_0").exists() and run.stdout(f"{array}_0").read_text(), 30)
+    out = run.stdout(f"{array}_0")
+    wait_for("the first trains", lambda: out.exists() and "rank 0" in out.read_text(), 30)
     third = jobs_of(cluster)[f"{names[2]}/dpo"]
     assert (third.state, third.reason) == ("PENDING", "JobArrayTaskLimit")
     run.ledger.rename(cluster.folder / "ledger")  # as if the command had died before it wrote that down

@@ -99,8 +99,7 @@ wait_for_the_end() {
 
 # By a user, and what there was to save is saved: SLURM says so too, and ends the dependents.
 cancel() {
-  trap - TERM USR1
-  if scancel "$SLURM_JOB_ID"; then exec sleep 600; fi
+  scancel "$SLURM_JOB_ID"
   exit 143
 }
 
@@ -224,7 +223,7 @@ if [ ! -e "$RUN_DIR/model/manifest.json" ] && [ -z "$signal" ]; then hear; fi
 line_of life end "$RUN_DIR" --attempt "$attempt" --code "$code" --signal "$signal" "${word[@]}" || exit 1
 action=$line
 case $action in
-  "exit "*) kill -USR1 "$guard" 2>/dev/null && wait "$guard" 2>/dev/null ;;
+  "exit "* | cancel) kill -USR1 "$guard" 2>/dev/null && wait "$guard" 2>/dev/null ;;
 esac
 case $action in
   requeue*) requeue "${action#requeue}" ;;

@@ -36,7 +36,7 @@ cd "$RUN_DIR" || exit 2
 # itself comes before what the job has, so that what must hold is said inside; packages in the node user's home folder
 # are not the image's.
 # shellcheck disable=SC2054
-container=('--container-image=nvcr.io#nvidia/pytorch:25.01-py3' '--container-mounts=/hf:/hf,/scratch/me:/scratch:ro,/data/it'"'"'s 100% "quoted" $HOME `x` & %j/full/sft:/data/it'"'"'s 100% "quoted" $HOME `x` & %j/full/sft,/data/outputs:/data/outputs' --container-workdir "$RUN_DIR" --container-remap-root)
+container=('--container-image=nvcr.io#nvidia/pytorch:25.01-py3' '--container-mounts=/hf:/hf,/scratch/me:/scratch:ro,/data/it'"'"'s 100% "quoted" $HOME `x` & %j/full/sft:/data/it'"'"'s 100% "quoted" $HOME `x` & %j/full/sft,/data/outputs:/data/outputs' --container-remap-root "--container-workdir=$RUN_DIR")
 # shellcheck disable=SC2054
 python=(env "PYTHONPATH=$RUN_DIR/code" "PYTHONNOUSERSITE=${PYTHONNOUSERSITE-1}" "$PYTHON")
 life() {
@@ -103,8 +103,7 @@ wait_for_the_end() {
 
 # By a user, and what there was to save is saved: SLURM says so too, and ends the dependents.
 cancel() {
-  trap - TERM USR1
-  if scancel "$SLURM_JOB_ID"; then exec sleep 600; fi
+  scancel "$SLURM_JOB_ID"
   exit 143
 }
 

@@ -36,7 +36,7 @@ cd "$RUN_DIR" || exit 2
 # itself comes before what the job has, so that what must hold is said inside; packages in the node user's home folder
 # are not the image's.
 # shellcheck disable=SC2054
-container=(--container-image=/data/images/train.sqsh --container-mounts=/hf:/hf,/scratch/me:/scratch:ro,/data/outputs:/data/outputs --container-workdir "$RUN_DIR")
+container=(--container-image=/data/images/train.sqsh --container-mounts=/hf:/hf,/scratch/me:/scratch:ro,/data/outputs:/data/outputs "--container-workdir=$RUN_DIR")
 # shellcheck disable=SC2054
 python=(env "PYTHONPATH=$RUN_DIR/code" "PYTHONNOUSERSITE=${PYTHONNOUSERSITE-1}" "$PYTHON")
 HOST_PYTHON=/usr/bin/python3
@@ -101,8 +101,7 @@ wait_for_the_end() {
 
 # By a user, and what there was to save is saved: SLURM says so too, and ends the dependents.
 cancel() {
-  trap - TERM USR1
-  if scancel "$SLURM_JOB_ID"; then exec sleep 600; fi
+  scancel "$SLURM_JOB_ID"
   exit 143
 }
 
@@ -226,7 +225,7 @@ if [ ! -e "$RUN_DIR/model/manifest.json" ] && [ -z "$signal" ]; then hear; fi
 line_of life end "$RUN_DIR" --attempt "$attempt" --code "$code" --signal "$signal" "${word[@]}" || exit 1
 action=$line
 case $action in
-  "exit "*) kill -USR1 "$guard" 2>/dev/null && wait "$guard" 2>/dev/null ;;
+  "exit "* | cancel) kill -USR1 "$guard" 2>/dev/null && wait "$guard" 2>/dev/null ;;
 esac
 case $action in
   requeue*) requeue "${action#requeue}" ;;
