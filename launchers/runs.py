@@ -195,8 +195,10 @@ def looks_of(folder: Path, files: Files | None = None) -> list[Look]:
             )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass  # without it the folders speak for themselves
-    known = {real(look.run.root) for look in looks.values()}
-    others = [Look(folder.name, path.name, RunDirectory(path), files=files) for path in _runs_in(folder)]
+    plainly = {str(look.run.root) for look in looks.values()}
+    beside = [path for path in _runs_in(folder) if str(path) not in plainly]
+    others = [Look(folder.name, path.name, RunDirectory(path), files=files) for path in beside]
+    known = {real(look.run.root) for look in looks.values()} if others else set()
     others = [look.read() for look in others if real(look.run.root) not in known]
     others.sort(key=lambda look: (look.story.history.submitted or float("inf"), look.name))
     return [look.read() for look in looks.values()] + others
@@ -278,7 +280,8 @@ def _conf(look: Look) -> str | None:
 
 def rows_of(looks: list[Look], jobs: Jobs, now: float, ended: EndedJobs | None = None) -> list[dict[str, Any]]:
     """The rows of one pipeline."""
-    by_folder = {real(look.run.root): look.name for look in looks}
+    nameless = any(look.after is None for look in looks)
+    by_folder = {real(look.run.root): look.name for look in looks} if nameless else {}
     undone = {look.name for look in looks if not look.done}
     scores = _scores(looks)
     gates, held = _gates(looks)
@@ -474,7 +477,8 @@ def _row(
 
 def metrics_of(look: Look) -> table.Metrics:
     """The run's newest figures."""
-    return look.files("metrics", look.run.metrics, lambda: table.read_metrics(look.run.metrics))
+    path, size = look.run.metrics, table.TREND_BYTES if look.files.keep else table.TAIL_BYTES
+    return look.files("metrics", path, lambda: table.read_metrics(path, size))
 
 
 def _changed(look: Look, metrics: table.Metrics, progress: Mapping[str, Any] | None, now: float) -> float | None:
@@ -486,7 +490,7 @@ def _changed(look: Look, metrics: table.Metrics, progress: Mapping[str, Any] | N
 
 def account(look: Look, state: str, now: float) -> accounting.Account:
     """Where the run's time went, as far as it is known: an unknown state is told up to its last sign of life."""
-    return accounting.account(*_told(look, state, now))
+    return accounting.account(*_told(look, state, now), sound=True)
 
 
 def spans(look: Look, state: str, now: float) -> list[accounting.Span]:
@@ -551,6 +555,7 @@ def _estimate(row: Mapping[str, Any]) -> eta.Estimate | None:
 def _scores(looks: list[Look]) -> dict[str, tuple[float | None, str | None]]:
     """Score and metric by stage: an eval's own, and that of the eval which judged a stage's output."""
     found: dict[str, tuple[float | None, str | None]] = {}
+    places: dict[str, str] = {}
     for look in looks:
         if look.config.get("stage") != "eval" or look.output_problem is not None:
             continue
@@ -561,8 +566,10 @@ def _scores(looks: list[Look]) -> dict[str, tuple[float | None, str | None]]:
         score = (found_there.score.value if found_there.score else None, found_there.headline)
         found[look.name] = score
         judged = look.inputs().get("model")
+        if not places:
+            places.update((other.name, real(other.run.root)) for other in looks)
         for other in looks:
-            if judged == real(other.run.root) and other is not look:
+            if judged == places[other.name] and other is not look:
                 found[other.name] = score
     return found
 

@@ -17,7 +17,7 @@ from post_training.run import ledger
 from post_training.run.directory import RunDirectory
 from post_training.run.history import History, is_sound, summarise
 
-TAIL_BYTES = 8192
+TAIL_BYTES, TREND_BYTES = 4096, 16384
 STYLES = {
     "running": "cyan", "stopping": "yellow", "requeued": "yellow", "done": "green", "failed": "bold red",
     "cancelled": "magenta", "unknown": "yellow", "waiting": "dim", "queued": "blue",
@@ -48,8 +48,8 @@ def read_history(run: RunDirectory) -> Story:
         if isinstance(entry.get("event"), str) and number(entry.get("time")) is not None and is_sound(entry)
     )
     if len(good) == lines:
-        return Story(summarise(good), None, good)
-    return Story(summarise(good), f"ledger.jsonl: {lines - len(good)} of {lines} lines are damaged", good)
+        return Story(summarise(good, sound=True), None, good)
+    return Story(summarise(good, sound=True), f"ledger.jsonl: {lines - len(good)} of {lines} lines are damaged", good)
 
 
 def read_progress(run: RunDirectory) -> dict[str, Any] | None:
@@ -92,17 +92,17 @@ def _parse(data: bytes) -> list[dict[str, Any]]:
     return ledger.parse_lines(data.decode(errors="replace"))[0]
 
 
-def read_metrics(path: Path) -> Metrics:
+def read_metrics(path: Path, tail_bytes: int = TAIL_BYTES) -> Metrics:
     """The newest figures, from the file's last bytes; its first line may hold `max_steps`."""
     try:
         with path.open("rb") as file:
-            start = max(0, file.seek(0, 2) - TAIL_BYTES)
+            start = max(0, file.seek(0, 2) - tail_bytes)
             file.seek(start)
             data = file.read()
             records = _parse(data[data.find(b"\n") + 1 :] if start else data)  # the first line is a piece
             if start and not any("max_steps" in entry for entry in records):
                 file.seek(0)
-                records = _parse(file.readline(TAIL_BYTES)) + records
+                records = _parse(file.readline(tail_bytes)) + records
     except (OSError, ValueError):  # ValueError: a damaged file named a path that cannot be one
         return Metrics()
     return summarise_metrics(records)

@@ -228,11 +228,14 @@ class Looker(threading.Thread):
         )
 
     def run(self) -> None:
+        first = True
         while not self.over:
             self.wake.clear()
             spent = _cpu()
             shot = self.look()
-            self.pause = max(EVERY_S, (_cpu() - spent) / SHARE)
+            if not first:  # the first look reads everything, the others what has changed
+                self.pause = max(EVERY_S, (_cpu() - spent) / SHARE)
+            first = False
             if self.over:
                 return
             self.deliver(shot)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -19,12 +20,12 @@ from hypothesis import strategies as st
 
 from conf.schema import Cluster, Config, Slurm
 from launchers import devcluster as dc
-from launchers import logs, why
+from launchers import logs, runs, why
 from launchers.executor import RunExecutor
 from launchers.render import job_script
 from launchers.submit import snapshot
 from launchers.why import Line, Snapshot, explain
-from post_training.run import ledger, life
+from post_training.run import ledger, life, manifest
 from post_training.run.directory import ATTEMPT_MARK, RunDirectory
 from tests.slurm_fixture import wait_for, wait_state
 
@@ -531,6 +532,90 @@ def test_a_run_of_before_is_shown_whole_and_says_so(made: Run, capsys: pytest.Ca
         made.say(made.run.stdout("local-1"), f"of attempt {attempt}\n")
     text = shown(made, capsys)
     assert "of attempt 1" in text and "of attempt 2" in text and "all of them" in text
+
+
+def following(made: Run, rank: int | None = None) -> tuple[logs.Follower, io.StringIO]:
+    """A follower that has shown what is there, and what it says."""
+    to = io.StringIO()
+    (look,) = runs.choose(["sft", f"paths.output_base={made.run.root.parent.parent}"], "logs")
+    target = logs.target_of(look, None)
+    follower = logs.Follower(look, rank, to)
+    follower.begin(target, target.read(9, rank))
+    return follower, to
+
+
+def test_following_goes_on_over_attempts_waits_for_files_and_survives_a_cut(made: Run) -> None:
+    out, err = made.run.stdout("local-1"), made.run.stderr("local-1")
+    follower, to = following(made)
+    assert not follower.poll() and to.getvalue() == ""  # no file yet
+    made.begin(1)
+    made.say(out, "0: one\n1: half")
+    assert follower.poll() and to.getvalue() == "--- attempt 1 began on n1\n[0] one\n"
+    made.say(out, " and half\n")
+    made.say(err, "1: 10%\r1: 90%\n")
+    follower.poll()
+    made.end(1, "stopped", "requeue", 85, step=400)
+    made.begin(2, "n2")
+    made.say(out, "0: two\n")
+    follower.poll()
+    first, *rest = to.getvalue().splitlines()[2:]
+    assert (first, rest[0]) == ("[1] half and half", "[1] 1: 90%")
+    assert rest[1] == "--- attempt 1 ended: stopped at step 400; requeued"
+    assert rest[2].startswith("--- attempt 2 began on n2, 0:00 after attempt 1") and rest[3] == "[0] two"
+    assert follower.over(quiet=True) == 1, "nobody runs it"
+    out.write_text("0: anew\n")
+    follower.poll()
+    assert to.getvalue().endswith("-- slurm-local-1.out was cut or replaced: from its beginning\n[0] anew\n")
+    made.event("cancelled", reason="by hand")
+    made.event("submitted", job_id="local-2", cluster="local")  # a new job of the same run
+    made.say(made.run.stdout("local-2"), mark(3, 2, "local-2") + "1: of the new job\n")
+    follower.poll()
+    assert to.getvalue().endswith("--- attempt 3 began on n1\n[1] of the new job\n")
+
+
+def test_following_one_rank_shows_nothing_of_the_others(made: Run) -> None:
+    made.begin(1)
+    made.say(made.run.stdout("local-1"), "0: shown before\n")
+    follower, to = following(made, rank=1)
+    made.say(made.run.stdout("local-1"), "0: no\n1: yes\n")
+    follower.poll()
+    assert to.getvalue() == "[1] yes\n"
+
+
+@pytest.mark.parametrize(("outcome", "action", "status"), [("finished", "exit", 0), ("crashed", "exit", 1)])
+def test_following_ends_with_the_run(made: Run, monkeypatch: Any, outcome: str, action: str, status: int) -> None:
+    made.begin(1)
+    made.end(1, outcome, action, gave_up=status == 1)
+    if status == 0:
+        made.run.model.mkdir()
+        (made.run.model / "weights").write_text("w")
+        manifest.write(made.run.model, identity="x")
+    monkeypatch.setattr(logs.time, "sleep", lambda _: None)
+    follower, to = following(made)
+    assert follower.follow() == status
+    assert to.getvalue().splitlines()[-1].startswith("--- full/sft: " + ("done" if status == 0 else "over; why:"))
+
+
+def test_interrupted_it_leaves_cleanly(made: Run, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    made.begin(1)
+    monkeypatch.setattr(logs.time, "sleep", interrupt)
+    assert logs.main(["sft", f"paths.output_base={made.run.root.parent.parent}", "-f"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_an_earlier_attempts_lack_of_memory_is_not_this_ones(made: Run) -> None:
+    made.begin(1)
+    made.say(made.run.stderr("local-1"), SLURM_OOM + "\n")
+    made.run.config.write_text(made.run.config.read_text() + "gate: null\n")
+    made.run.announce(1)
+    assert life.end(made.run, 1, 137, None).outcome == "out_of_memory"
+    made.begin(2)
+    made.run.announce(2)
+    made.say(made.run.stderr("local-1"), "ValueError: of its own\n")
+    assert life.end(made.run, 2, 1, None).outcome == "crashed"
 
 
 # --------------------------------------------------------------------------------- real job scripts

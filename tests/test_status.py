@@ -526,7 +526,7 @@ def test_looking_again_reads_only_what_has_changed(outputs: Outputs, monkeypatch
     read: list[str] = []
     for module, name in ((table, "read_history"), (table, "read_metrics"), (runs, "_read_config")):
         real = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda x, real=real, name=name: read.append(name) or real(x))
+        monkeypatch.setattr(module, name, lambda *given, real=real, name=name: read.append(name) or real(*given))
     files = runs.Files(keep=True)
 
     def rows() -> list[dict[str, Any]]:
