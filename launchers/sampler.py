@@ -336,9 +336,11 @@ def _hydras(tokens: Sequence[str]) -> tuple[Any, Callable[[], None]]:
 def _prepare(sweeper: Any, study: Study, told: set[str]) -> None:
     """Give Hydra's sweeper our launcher, and the trials that were made before."""
     import logging
+    import warnings
 
     import optuna
 
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("hydra_plugins").setLevel(logging.CRITICAL)  # we say ourselves which trial failed
     if "hydra.sweeper.storage" in told:
@@ -366,5 +368,7 @@ def _prepare(sweeper: Any, study: Study, told: set[str]) -> None:
             )
     ended = sum(trial.state != "asked" for trial in before)
     if before:
-        print(f"{study.name}: {ended} trials before, {len(before) - ended} of them to go on", flush=True)
+        print(f"{study.name}: {ended} trials before, and {len(before) - ended} to go on", flush=True)
     sweeper.n_trials = max(0, sweeper.n_trials - ended)
+    if before and hasattr(sweeper.sampler, "reseed_rng"):
+        sweeper.sampler.reseed_rng()  # with the same seed it would choose the same points again

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from conf.check import ConfigError
-from launchers import cli, compare, points, slurm
+from launchers import cli, compare, pipeline, points, sampler, slurm
 from launchers import devcluster as dc
 from launchers.compose import rewrite, rewrite_stage
 from launchers.errors import LaunchError
@@ -369,3 +369,93 @@ def test_a_limit_on_jobs_leaves_what_was_taken_and_the_same_command_adds_the_res
     assert len(after) == 12 and {name: job.job_id for name, job in before.items()}.items() <= {
         name: job.job_id for name, job in after.items()
     }.items()
+
+
+# ------------------------------------------------------------------------------------------------ a sampler
+
+OPTUNA = (
+    "-m", "hydra/sweeper=optuna", "pipeline=pretrain", "base.lr=interval(0.0001,0.001)",
+    "sweep.metric=eval_base/accuracy", "hydra.sweeper.sampler.seed=1", "hydra.sweeper.n_jobs=2", "slurm.max_failures=1",
+)  # fmt: skip
+
+
+def score_by_rate(bench: Bench) -> None:
+    """What an evaluation finds follows from base.lr: best at 5e-4, and above 8e-4 it fails."""
+    stub = bench.stub / "train.py"
+    usual = "run.results.write_text(found.read_text() if found.exists() else usual)\n"
+    text = stub.read_text()
+    assert usual in text
+    stub.write_text(
+        text.replace(
+            usual,
+            "rate = RunDirectory(Path(config['inputs']['model']['run_dir'])).read_config()['base']['lr']\n"
+            "        assert rate < 8e-4\n"
+            '        found = {"value": 1 - abs(rate - 5e-4) * 1000}\n'
+            "        import json\n"
+            '        found = {"version": 2, "headline": "accuracy", "figures": {"accuracy": found}}\n'
+            "        run.results.write_text(json.dumps(found))\n",
+        )
+    )
+
+
+def test_a_sampler_learns_from_its_trials_and_goes_on(bench: Bench) -> None:
+    score_by_rate(bench)
+    done = bench("pipeline", *OPTUNA, "hydra.sweeper.n_trials=2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    path = points.folder(bench.base, "pretrain-base.lr") / "trials.jsonl"
+    first = sampler.read_trials(path, "eval_base/accuracy")
+    assert len(first) == 2 and {trial.state for trial in first} == {"done"}
+    best = max(first, key=lambda trial: trial.value or 0.0)
+    assert f"best of 2 trials: eval_base/accuracy {100 * (best.value or 0):.1f} % with base.lr=" in done.stdout
+    assert f"/{best.folder}" in done.stdout and "the best accuracy of base first" in done.stdout
+    rate = float(best.params["base.lr"])
+    assert best.value == pytest.approx(1 - abs(rate - 5e-4) * 1000) and 1e-4 <= rate <= 1e-3
+    # with more trials: the first ones count, the one that was interrupted comes first, and one fails
+    lines = path.read_text().splitlines()
+    other = {**json.loads(lines[-1]), "state": "asked", "value": None}
+    other |= {"folder": "pretrain-base.lr=0.0009", "params": {"base.lr": "0.0009"}}
+    path.write_text("\n".join([*lines, json.dumps(other), "{damaged"]) + "\n")
+    done = bench("pipeline", *OPTUNA, "hydra.sweeper.n_trials=4")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "pretrain-base.lr: 2 trials before, and 1 to go on" in done.stdout
+    after = {trial.folder: trial for trial in sampler.read_trials(path, "eval_base/accuracy")}
+    assert len(after) == 4 and after["pretrain-base.lr=0.0009"].state == "failed"
+    assert after["pretrain-base.lr=0.0009"].why.startswith("eval_base failed")
+    assert [after[trial.folder] for trial in first] == first
+    again = bench("pipeline", *OPTUNA, "hydra.sweeper.n_trials=4")
+    assert again.returncode == 0 and "best of 4 trials" in again.stdout and "started" not in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        (["sweep.metric=eval_base/accuracy", "seed=1"], "there is nothing to choose"),
+        (["base.lr=interval(0,1)"], "sweep.metric=null: a sampler needs to know what to make better"),
+        (["base.lr=interval(0,1)", "sweep.metric=eval_bas/accuracy"], "did you mean 'eval_base/accuracy'"),
+        (["base.lr=interval(0,1)", "sweep.metric=eval_base/length"], "neither more nor less is better"),
+        (["base.lr=interval(0,1)", "sweep.metric=eval_base/pass@4"], "eval.num_samples=8"),
+        (["base.lrr=interval(0,1)", "sweep.metric=eval_base/accuracy"], "did you mean 'base.lr'"),
+        (["base.lr=interval(0,1)", "sweep.metric=eval_base/accuracy", "hydra.sweeper.n_trial=3"], "n_trial"),
+        (["base.lr=interval(0,1)", "sweep.metric=eval_base/accuracy", "dry_run=true"], "dry_run"),
+    ],
+)
+def test_a_sampler_that_cannot_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tokens: list[str], words: str
+) -> None:  # fmt: skip
+    common = ["-m", "hydra/sweeper=optuna", "pipeline=pretrain", "cluster=local", f"paths.output_base={tmp_path}/out"]
+    assert pipeline.main([*common, *tokens]) == 2
+    said = capsys.readouterr().err
+    assert words in said and "fix:" in said and "Traceback" not in said, said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sampler_needs_its_package_and_a_multirun(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pipeline.main(["hydra/sweeper=optuna", "base.lr=interval(0,1)"]) == 2
+    assert "fix: add -m" in capsys.readouterr().err
+    monkeypatch.setattr(sampler, "find_spec", lambda name: None)
+    assert pipeline.main(["-m", "hydra/sweeper=optuna", "base.lr=interval(0,1)"]) == 2
+    assert "fix: pip install '.[optuna]'" in capsys.readouterr().err
+    assert pipeline.main(["-m", "hydra/sweeper=ax", "base.lr=interval(0,1)"]) == 2
+    assert "fix: hydra/sweeper=optuna" in capsys.readouterr().err
