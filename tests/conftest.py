@@ -3,6 +3,7 @@
 import os
 import signal
 
+import hypothesis
 import pytest
 
 from tests.slurm_fixture import devcluster
@@ -12,6 +13,11 @@ LONG = (
     "test_local", "test_outages",
 )  # fmt: skip
 """Files that take minutes. They are handed out first, so that no worker is left alone with one at the end."""
+
+# What CI says of a commit does not hang on chance; elsewhere each run tries new examples.
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI", "").lower() in ("true", "1"):
+    hypothesis.settings.load_profile("ci")
 
 # Whoever starts tests in the background (nohup, a CI) hands down ignored signals; tests send real ones to programs
 # that must get them. Handlers are not inherited, so the programs start with the default.
