@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from launchers.errors import gate_fix
 from launchers.table import read_history, tail
-from post_training.run import ledger, life, manifest
+from post_training.run import ledger, life, manifest, notify
 from post_training.run.directory import ATTEMPT_MARK, RunDirectory
 from post_training.run.history import History
 
@@ -557,6 +557,8 @@ class _Supervisor:
             why = _ending_text(code, job)
             self.close(history, run, code, life.Ending("crashed", "exit", reason=why, gave_up=True))
             self.fail(job, why)
+        if job.ended and self.stopping_since is None:
+            notify.tell(run)  # where the script itself could not
 
     @staticmethod
     def guard(run: RunDirectory, history: History) -> bool:
@@ -603,6 +605,7 @@ class _Supervisor:
                 cause = next((c for c in causes if c), None)
                 if job.state == "queued" and cause and not job.busy:
                     ledger.append(job.spec.run.ledger, "cancelled", reason=cause)
+                    notify.tell(job.spec.run)
                     job.root_cause = cause
                     self.screen.say(f"{job.name}: cancelled: {cause}")
                     self.settle(job, "cancelled", cause)

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +28,11 @@ from conf.check import (
 )
 from conf.datasets import KNOWN, TRANSFORMS
 from conf.schema import UNTRAINED, Config
-from launchers import benchmarks, graph, slurm
+from launchers import benchmarks, graph, site, slurm
 from launchers.errors import LaunchError
 from launchers.hub import cache_of, in_cache
-from post_training.run import ledger, life, manifest
-from post_training.run.directory import RunDirectory
+from post_training.run import ledger, life, manifest, notify
+from post_training.run.directory import RunDirectory, is_there
 
 if TYPE_CHECKING:
     from launchers.submission import Plan
@@ -149,12 +149,31 @@ def _check_function(key: str, path: str) -> None:
         raise ConfigError(key, path, f"{file} defines no function {name}", nearest(name, functions))
 
 
-def check_memory(cfg: Config) -> None:
-    """Refuse what cannot fit into the GPUs, and rows that learned positions (gpt2) cannot hold.
+def check_places(cfg: Config) -> None:
+    """Refuse a virtual environment and an image that are not where the config says: jobs look there too."""
+    if cfg.slurm.venv is not None:
+        venv = Path(cfg.slurm.venv).expanduser()
+        if not (venv / "bin" / "activate").is_file():
+            fix = f"python3 -m venv {venv}; of one that is on the nodes alone: slurm.setup=['source .../activate']"
+            raise ConfigError("slurm.venv", cfg.slurm.venv, "holds no virtual environment", fix)
+    image = cfg.container.image
+    a_file = image is not None and (cfg.container.runtime != "pyxis" or image.startswith(("/", ".", "~")))
+    if image is not None and a_file and not is_there(Path(image).expanduser()):
+        fix = "container.image=<a file or folder that the nodes see too>"
+        raise ConfigError("container.image", image, "there is no such file", fix)
 
-    A local model's config.json is believed before the config's keys.
-    """
-    shape = memory.shape_of(cfg.model)
+
+def check_webhook(cfg: Config) -> None:
+    """Refuse a webhook whose address is in nobody's environment."""
+    if cfg.notify.webhook and not os.environ.get(notify.ADDRESS):
+        problem = f"{notify.ADDRESS} is not set in this shell, and jobs get its environment"
+        raise ConfigError(
+            "notify.webhook", "true", problem, f"export {notify.ADDRESS}=https://..., or notify.webhook=false"
+        )
+
+
+def shape_known(cfg: Config) -> memory.Shape | None:
+    """The model's shape; a local model's config.json is believed before the config's keys. None: not known."""
     for source in (cfg.inputs.model, cfg.model.name_or_path):
         about = Path(source).expanduser() / "config.json" if source is not None else None
         if about is not None and about.is_file():
@@ -162,8 +181,13 @@ def check_memory(cfg: Config) -> None:
                 found = json.loads(about.read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 found = {}
-            shape = memory.shape_from_json(found) if isinstance(found, dict) else None
-            break
+            return memory.shape_from_json(found) if isinstance(found, dict) else None
+    return memory.shape_of(cfg.model)
+
+
+def check_memory(cfg: Config) -> None:
+    """Refuse what cannot fit into the GPUs, and rows that learned positions (gpt2) cannot hold."""
+    shape = shape_known(cfg)
     learned = shape.positions if shape is not None and cfg.stage not in UNTRAINED else 0
     longer = beyond(cfg, learned) if learned else None
     if longer is not None:
@@ -206,7 +230,10 @@ def _check_model_folder(key: str, value: str, path: Path) -> None:
 
 
 def check_cluster(configs: Mapping[str, Config]) -> None:
-    """Refuse what the cluster does not have. Asks SLURM once; raises LaunchError without an answer."""
+    """Refuse what the cluster does not have, and what launchers.doctor found that it does not allow.
+
+    Asks SLURM once; raises LaunchError without an answer. Warns on stderr.
+    """
     cfg = next(iter(configs.values()))
     if cfg.cluster.scheduler != "slurm":
         return
@@ -219,13 +246,73 @@ def check_cluster(configs: Mapping[str, Config]) -> None:
         )
     found = slurm.partitions(cfg.cluster.slurm_conf)
     if isinstance(found, slurm.Unknown):
-        raise LaunchError(f"cluster={cfg.cluster.name}: SLURM does not answer: {found.why}", _wake(cfg))
+        raise LaunchError(f"cluster={cfg.cluster.name}: SLURM does not answer: {found.why}", wake(cfg))
+    known = site.read(Path(cfg.paths.output_base).expanduser().absolute(), cfg.cluster.name)
+    warned = set[str]()
     for name, stage in configs.items():
         with naming(name):
-            check_request(stage, found)
+            check_request(stage, found, over_time=known.over_partition_time(stage.slurm.qos))
+            check_limits(stage, known)
+        for text in warnings_of(stage, known):
+            if text not in warned:  # once for all stages
+                warned.add(text)
+                print(f"warning: {text}", file=sys.stderr)
 
 
-def _wake(cfg: Config) -> str:
+def check_limits(cfg: Config, known: site.Site) -> None:
+    """Refuse a wall time and GPUs that QOS or association do not allow: such a job waits for ever. Pure."""
+    asks = cfg.slurm
+    again = "python -m launchers.doctor looks anew"
+    wall = known.limit("max_wall_seconds", asks.partition, asks.qos)
+    if wall is not None and parse_wall_time(asks.wall_time) > wall[0]:
+        shown = f"{wall[0] // 3600:02}:{wall[0] % 3600 // 60:02}:{wall[0] % 60:02}"
+        problem = f"{wall[1]} allows {shown}"
+        raise ConfigError("slurm.wall_time", asks.wall_time, problem, f"slurm.wall_time={shown} ({again})")
+    per_node = gpus_per_node(cfg)
+    for name, what in (("gpus_per_job", "a job"), ("gpus_per_user", "a user"), ("gpus_in_all", "all jobs together")):
+        limit = known.limit(name, asks.partition, asks.qos)
+        if limit is not None and asks.num_nodes * per_node > limit[0]:
+            problem = f"{asks.num_nodes} x {per_node} GPUs; {limit[1]} allows {what} {limit[0]}"
+            if per_node > limit[0]:
+                raise ConfigError("slurm.gpus_per_node", per_node, problem, f"slurm.gpus_per_node={limit[0]} ({again})")
+            fix = f"slurm.num_nodes={limit[0] // per_node} ({again})"
+            raise ConfigError("slurm.num_nodes", asks.num_nodes, problem, fix)
+
+
+def warnings_of(cfg: Config, known: site.Site) -> list[str]:
+    """What may go wrong on this cluster, as launchers.doctor found it. Pure, but for a look whether paths exist."""
+    found = []
+    asks = cfg.slurm
+    preempted = known.preemption(asks.partition, asks.qos)
+    if preempted is not None and preempted[1] is not None and preempted[1] < asks.signal_time_seconds:
+        where = asks.partition or known.default_partition
+        found.append(
+            f"jobs of partition {where} are preempted with {preempted[1]} s to save, and slurm.signal_time_seconds="
+            f"{asks.signal_time_seconds} says that a save may need more: then the steps since the last one are lost\n"
+            "  fix: checkpointing.save_minutes=<what you can afford to lose>, or a partition that is not preempted"
+        )
+    if known.internet is False and not cfg.offline and _from_hub(cfg):
+        found.append(
+            f"compute nodes of cluster={cfg.cluster.name} did not reach the hub when launchers.doctor looked\n"
+            "  fix: python -m launchers.prefetch, then offline=true"
+        )
+    return found
+
+
+def _from_hub(cfg: Config) -> bool:
+    """Whether a stage would load a model or records from a hub."""
+    models = (cfg.model.name_or_path, cfg.inputs.model, cfg.inputs.reference, cfg.inputs.reward_model)
+    if any(value is not None and not Path(value).expanduser().exists() for value in models):
+        return True
+    if cfg.stage == "merge" or cfg.inputs.data is not None:
+        return False
+    parts = [(p.name, p.path) for p in cfg.data.datasets] or [(cfg.data.name, cfg.data.path)]
+    return any(KNOWN[name].hub_id is not None if path is None else not Path(path).expanduser().exists()
+               for name, path in parts)  # fmt: skip
+
+
+def wake(cfg: Config) -> str:
+    """What to do where SLURM does not answer."""
     return (
         "python -m launchers.devcluster up"
         if cfg.cluster.name == "dev"
@@ -233,8 +320,11 @@ def _wake(cfg: Config) -> str:
     )
 
 
-def check_request(cfg: Config, partitions: Mapping[str, slurm.Partition]) -> None:
-    """Refuse a partition, GPUs, nodes or a wall time that the cluster does not have. Pure."""
+def check_request(cfg: Config, partitions: Mapping[str, slurm.Partition], over_time: bool = False) -> None:
+    """Refuse a partition, GPUs, nodes or a wall time that the cluster does not have. Pure.
+
+    over_time: the job's QOS lets it take longer than its partition allows.
+    """
     wanted = cfg.slurm
     if wanted.partition is None:
         default = [p for p in partitions.values() if p.default]
@@ -291,7 +381,7 @@ def check_request(cfg: Config, partitions: Mapping[str, slurm.Partition]) -> Non
         raise ConfigError(
             "slurm.num_nodes", wanted.num_nodes, f"{where} has {available} such nodes", f"slurm.num_nodes={available}"
         )
-    limit = partition.max_seconds
+    limit = None if over_time else partition.max_seconds
     if limit is not None and parse_wall_time(wanted.wall_time) > limit:
         shown = f"{limit // 3600:02}:{limit % 3600 // 60:02}:{limit % 60:02}"
         raise ConfigError("slurm.wall_time", wanted.wall_time, f"{where} allows {shown}", f"slurm.wall_time={shown}")
@@ -305,16 +395,21 @@ def _megabytes(text: str) -> int:
 # ------------------------------------------------------------------------------- was the lead long enough
 
 
-def check_leads(plan: Plan) -> None:
-    """Warn on stderr where stages to submit get less time to save and leave than such a run was seen to need."""
-    waiting = {name: planned for name, planned in plan.stages.items() if planned.to_submit}
-    kinds = {_kind(planned.frozen) for planned in waiting.values()}
-    measured = measured_leads(plan.output_base, kinds)
-    for name, planned in waiting.items():
-        seen = measured.get(_kind(planned.frozen))
+def check_leads(plans: Sequence[Plan]) -> None:
+    """Warn on stderr where stages to submit get less time to save and leave than such a run was seen to need.
+
+    plans: of one pipeline, or of a sweep's points, which are not warned of one after the other.
+    """
+    waiting = [(name, planned) for plan in plans for name, planned in plan.stages.items() if planned.to_submit]
+    kinds = [_kind(planned.frozen) for _, planned in waiting]
+    measured = measured_leads(plans[0].output_base, set(kinds))
+    told = set()
+    for (name, planned), kind in zip(waiting, kinds, strict=True):
+        seen = measured.get(kind)
         given = planned.cfg.slurm.signal_time_seconds
-        if seen is None or seen[1]["needed"] <= given:
+        if seen is None or seen[1]["needed"] <= given or (name, kind, given) in told:
             continue
+        told.add((name, kind, given))
         root, lead = seen
         parts = (f"{word} {lead[key]:.0f} s" for key, word in LEAD_PARTS.items() if lead.get(key) is not None)
         fix = f"{name}.slurm.signal_time_seconds={life.enough(lead['needed'])}"

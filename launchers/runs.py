@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from launchers import eta, frozen, site, slurm, table
+from launchers import eta, frozen, points, site, slurm, table
 from launchers.errors import LaunchError
 from launchers.local import owned
 from launchers.states import expected, is_local, row_state
@@ -349,8 +349,9 @@ OVER = ("failed", "cancelled", "gated")
 
 
 def start_of(job: slurm.JobRecord | None) -> float | None:
-    """When SLURM expects to start a pending job, in seconds since the epoch; None where it does not say."""
-    if job is None or job.state != "PENDING":
+    """When SLURM expects to start a pending job, in seconds since the epoch; None where it does not say, or where the
+    job is held: then squeue goes on showing the time of the past requeue's end."""
+    if job is None or job.state != "PENDING" or "held" in job.reason.lower():
         return None
     try:
         return datetime.datetime.fromisoformat(job.start_time).timestamp()  # squeue tells local time
@@ -610,18 +611,20 @@ def wall_seconds(value: Any) -> int | None:
 
 def which(settings: list[str], command: str) -> tuple[Path, list[str]]:
     """Output base and pipelines' names from `key=value` settings. Raises LaunchError for another key."""
-    output_base, names = Path("outputs"), []
+    output_base, names, sweeps = Path("outputs"), [], []
     for setting in settings:
         name, equals, value = setting.partition("=")
         if name == "run_name" and value:
             names.append(value)
+        elif name == "sweep" and value:
+            sweeps.append(value)
         elif name == "paths.output_base" and value:
             output_base = Path(value)
         else:
             problem = "no value" if equals and not value else f"not a setting of {command}"
-            raise LaunchError(f"{setting}: {problem}", "run_name=NAME or paths.output_base=FOLDER")
+            raise LaunchError(f"{setting}: {problem}", "run_name=NAME, sweep=NAME or paths.output_base=FOLDER")
     split = [part for name in names for part in ([name] if (output_base / name).exists() else name.split(",")) if part]
-    return output_base, split
+    return output_base, [*split, *(point for name in sweeps for point in points.read(output_base, name))]
 
 
 def choose(words: list[str], command: str, newest: bool = False) -> list[Look]:

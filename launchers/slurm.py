@@ -66,13 +66,18 @@ class JobRecord:
     submit_time: str  # ISO, or N/A
     start_time: str  # ISO, when it started or is expected to; or N/A
     dependency: str
-    comment: str  # for jobs of ours: the run directory, and a token of the submission
+    comment: str  # for jobs of ours: the run directory, or the array's folder, and a token of the submission
 
     @property
     def folder(self) -> str:
-        """The run directory that its comment names; "" where it names none."""
-        folder = self.comment.partition(TOKEN)[0]
-        return folder if folder.startswith("/") else ""
+        """The run directory that its comment names; "" where it names none.
+
+        An array's folder has a link to each run's slurm/: of an element the path goes through it, for realpath.
+        """
+        folder, element = self.comment.partition(TOKEN)[0], self.job_id.partition("_")[2]
+        if not folder.startswith("/"):
+            return ""
+        return f"{folder}/{element}/.." if element else folder
 
     @property
     def live(self) -> bool:
@@ -118,7 +123,8 @@ def _ask(*argv: str, conf: str | None, timeout: float = TIMEOUT_S) -> str | Unkn
     except OSError as error:
         return Unknown(f"{argv[0]}: {error.strerror}")
     if done.returncode != 0:
-        return Unknown(f"{argv[0]}: {done.stderr.strip() or f'status {done.returncode}'}")
+        said = done.stderr.strip() or done.stdout.partition("\n")[0].strip()  # scontrol ping says DOWN on stdout
+        return Unknown(f"{argv[0]}: {said or f'status {done.returncode}'}")
     return done.stdout
 
 
@@ -248,6 +254,45 @@ def sbatch(script: str, comment: str, conf: str | None = None, timeout: float | 
     return Unknown(said) if done.returncode < 0 or _LOST.search(said) else Refused(said)
 
 
+def parse_test(text: str) -> float | None:
+    """When `sbatch --test-only` expects a job to start, seconds since the epoch; None where it does not say. Pure."""
+    match = re.search(r"Job \S+ to start at (\S+) using", text)
+    if match is None:
+        return None
+    try:
+        return time.mktime(time.strptime(match[1], "%Y-%m-%dT%H:%M:%S"))  # SLURM's clock is the site's
+    except (ValueError, OverflowError):
+        return None
+
+
+def expected_start(script: str, conf: str | None = None) -> float | Refused | Unknown:
+    """When SLURM would start a job with this script's text if it were submitted now. Submits nothing.
+
+    Seconds since the epoch; it is the backfill scheduler's guess from the wall times of all jobs.
+    """
+    argv = ["sbatch", "--test-only"]
+    try:
+        done = subprocess.run(
+            argv, env=clean_environment(conf), capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S,
+            input=script, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return Unknown(f"sbatch did not answer within {TIMEOUT_S:g} s")
+    except OSError as error:
+        return Unknown(f"sbatch: {error.strerror}")
+    said = done.stderr.strip() or done.stdout.strip()
+    if done.returncode == 0:
+        start = parse_test(said)
+        return Unknown(f"sbatch did not say when: {said[:200]}") if start is None else start
+    # else it never came to judge the request: no configuration, no controller
+    return Refused(said) if "allocation failure" in said else Unknown(said or f"sbatch: status {done.returncode}")
+
+
+def at_limit(refused: Refused) -> bool:
+    """Whether a job was refused for the number of jobs that are in the queue already: later it may be taken. Pure."""
+    return re.search(r"MaxSubmit|job submit limit|MaxJobCount", refused.why) is not None
+
+
 def find_submitted(comment: str, conf: str | None = None) -> JobRecord | Unknown | None:
     """Your job with exactly this comment, whatever its state. Looks again for LOOK_S: a controller too busy to answer
     sbatch may also take the job late, and squeue may be as silent as sbatch was."""
@@ -261,6 +306,15 @@ def find_submitted(comment: str, conf: str | None = None) -> JobRecord | Unknown
         if time.monotonic() > deadline:
             return found if isinstance(found, Unknown) else None
         time.sleep(1)
+
+
+def max_array_size(conf: str | None = None) -> int | Unknown:
+    """The cluster's MaxArraySize: an element's highest number, plus one."""
+    answer = _ask("scontrol", "show", "config", conf=conf)
+    if isinstance(answer, Unknown):
+        return answer
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", answer, re.MULTILINE)
+    return int(found[1]) if found else Unknown("scontrol show config names no MaxArraySize")
 
 
 def parse_gres(text: str) -> dict[str | None, int]:
@@ -300,6 +354,59 @@ def partitions(conf: str | None = None) -> dict[str, Partition] | Unknown:
     """The cluster's partitions, for checking a request before the queue does."""
     answer = _ask("sinfo", "--noheader", "--exact", "--format=%P|%a|%l|%D|%c|%m|%G", conf=conf)
     return answer if isinstance(answer, Unknown) else parse_partitions(answer)
+
+
+# ------------------------------------------------------------------ what launchers.doctor asks about the cluster
+
+QOS_FIELDS = "Name,Flags,GraceTime,PreemptMode,MaxWall,MaxJobsPU,MaxSubmitPU,MaxTRES,MaxTRESPU,GrpTRES,GrpSubmit"
+ASSOCIATION_FIELDS = "Cluster,Account,Partition,QOS,DefaultQOS,MaxJobs,MaxSubmit,MaxWall,MaxTRES,GrpTRES,GrpSubmit"
+
+
+def show_version(conf: str | None = None) -> str | Unknown:
+    """What `sinfo --version` prints."""
+    return _ask("sinfo", "--version", conf=conf)
+
+
+def ping(conf: str | None = None) -> str | Unknown:
+    """What `scontrol ping` prints: one line a controller."""
+    return _ask("scontrol", "ping", conf=conf)
+
+
+def show_config(conf: str | None = None) -> str | Unknown:
+    """The controller's settings, a line each."""
+    return _ask("scontrol", "show", "config", conf=conf, timeout=LOOK_S)
+
+
+def show_partitions(conf: str | None = None) -> str | Unknown:
+    """The partitions' settings, a line each."""
+    return _ask("scontrol", "--oneliner", "show", "partition", conf=conf, timeout=LOOK_S)
+
+
+def show_nodes(conf: str | None = None) -> str | Unknown:
+    """partition|state|nodes|GRES|features, a line for nodes that are alike."""
+    return _ask("sinfo", "--noheader", "--exact", "--format=%P|%T|%D|%G|%f", conf=conf, timeout=LOOK_S)
+
+
+def show_reservations(conf: str | None = None) -> str | Unknown:
+    """The reservations, a line each; a line of words where there are none."""
+    return _ask("scontrol", "--oneliner", "show", "reservation", conf=conf)
+
+
+def show_qos(conf: str | None = None) -> str | Unknown:
+    """QOS_FIELDS of each QOS. Asks the accounting database."""
+    return _ask("sacctmgr", "--noheader", "--parsable2", "show", "qos", f"format={QOS_FIELDS}", conf=conf)
+
+
+def show_associations(conf: str | None = None) -> str | Unknown:
+    """ASSOCIATION_FIELDS of what the user may charge jobs to. Asks the accounting database."""
+    argv = ("sacctmgr", "--noheader", "--parsable2", "show", "assoc", f"user={getpass.getuser()}")
+    return _ask(*argv, f"format={ASSOCIATION_FIELDS}", conf=conf)
+
+
+def show_accounting(conf: str | None = None) -> str | Unknown:
+    """Your jobs since midnight as sacct knows them: whether it answers at all."""
+    argv = ("sacct", "--noheader", "--allocations", "--parsable2", "--format=JobID")
+    return _ask(*argv, f"--user={getpass.getuser()}", conf=conf)
 
 
 def cancel(ids: Sequence[str], conf: str | None = None, only_pending: bool = False) -> Unknown | None:
@@ -353,13 +460,23 @@ def owners(ids: Sequence[str], conf: str | None = None) -> dict[str, str] | Unkn
     return found
 
 
-def upstream_jobs(dependency: str) -> set[str]:
-    """The jobs whose good end a job waits for, as squeue names them. Pure."""
+def cluster_name(conf: str | None = None) -> str | Unknown:
+    """The controller's name of the cluster."""
+    answer = _ask("scontrol", "show", "config", conf=conf)
+    if isinstance(answer, Unknown):
+        return answer
+    match = re.search(r"^ClusterName\s*=\s*(\S+)", answer, re.MULTILINE)
+    return match[1] if match else Unknown("scontrol show config names no cluster")
+
+
+def upstream_jobs(job: JobRecord) -> set[str]:
+    """The jobs whose good end a queued job waits for; of an array that it follows task by task, the one. Pure."""
+    task = job.job_id.partition("_")[2]
     return {
-        job_id
-        for part in re.split(r"[,?]", dependency)
+        f"{number}_{task}" if rest == "_*" else f"{number}{rest}"
+        for part in re.split(r"[,?]", job.dependency)
         if part.startswith(("afterok:", "aftercorr:"))
-        for job_id in re.findall(r":(\d+(?:_\d+)?)", part)
+        for number, rest in re.findall(r":(\d+)(_\*|_\d+|)", part)
     }
 
 

@@ -83,7 +83,7 @@ def dependents(ids: Iterable[str], jobs: Iterable[slurm.JobRecord]) -> list[slur
     lost, waiting = set(ids), [job for job in jobs if queued(job)]
     found: dict[str, slurm.JobRecord] = {}
     for _ in waiting:
-        new = [j for j in waiting if j.job_id not in lost and slurm.upstream_jobs(j.dependency) & lost]
+        new = [j for j in waiting if j.job_id not in lost and slurm.upstream_jobs(j) & lost]
         if not new:
             break
         lost |= {job.job_id for job in new}
@@ -495,6 +495,8 @@ def wait(said: Sequence[Said], show: Callable[[str], None], seconds: float) -> l
 
 
 def _doing(item: Said) -> str:
+    if not item.look.story.history.running or item.look.story.history.answered:
+        return f"{item.look.name} (has saved, and leaves)"
     step = table.read_metrics(item.look.run.metrics).step
     return item.look.name + (f" (step {step})" if step is not None else "")
 
@@ -568,7 +570,7 @@ def parse_arguments(command: str, argv: list[str]) -> argparse.Namespace:
         parser.add_argument("--now", action="store_true", help="do not save: lose the steps since the last checkpoint")
     if command != "release":
         parser.add_argument("--no-wait", action="store_true", help="ask, and do not wait until the runs have left")
-    given = parser.parse_args(argv)
+    given = parser.parse_intermixed_args(argv)
     if all(word.startswith("paths.output_base=") for word in given.words):
         raise LaunchError(f"say what to {command}", "a stage, pipeline/stage, or run_name=NAME for all of a pipeline")
     return given

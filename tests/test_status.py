@@ -406,7 +406,7 @@ def test_slurms_expected_start_is_told_and_counted(tmp_path: Path) -> None:
     made.squeue(record("7", reason="BeginTime"))  # the requeue hold, of which nearly nothing is over
     row = made.rows()["sft"]
     assert not row["eta_at_least"] and row["eta_seconds"] == pytest.approx(321, abs=5)
-    site.write(made.base, "h100", site.Site(requeue_hold_seconds=6.0))
+    site.write(made.base, "h100", site.Site(asked=time.time(), requeue_hold_seconds=6.0))
     assert made.rows()["sft"]["eta_seconds"] == pytest.approx(321, abs=5)  # the config names no cluster
     config = made.base / "full" / "sft" / "config.yaml"
     config.write_text(config.read_text().replace('"cluster": {', '"cluster": {"name": "h100", '))

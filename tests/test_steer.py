@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launchers import slurm, steer
 from launchers.errors import LaunchError
 from launchers.runs import choose, collect
-from post_training.run import ledger, life
+from post_training.run import ledger, life, manifest
 from post_training.run.directory import RunDirectory
 from post_training.run.history import History, summarise
 from tests.slurm_fixture import job, wait_state
 from tests.test_failures import SlurmRun, runs
+from tests.test_local import World, until, world
 
-__all__ = ["runs"]
+__all__ = ["runs", "world"]
 
 # ----------------------------------------------------------------------------------- which runs are meant
 
@@ -112,6 +113,7 @@ outcomes = st.sampled_from(["stopped", "preempted", "node_lost", "cancelled", "o
 words = st.builds(life.Word, st.sampled_from([None, "preempted", "node_lost", "cancelled", "running"]))
 
 
+@settings(deadline=None)
 @given(outcomes, words, st.sampled_from([None, "USR1", "TERM"]), st.sampled_from([0, 7, 85, 124]), st.integers(0, 5))
 def test_a_cancelled_run_does_not_come_back_however_it_ends(
     outcome: str, word: life.Word, sent: str | None, code: int, failures: int
@@ -306,14 +308,17 @@ def test_requeue_saves_and_goes_on_under_the_same_id(chain: Callable[..., list[S
     assert "dpo  nothing to requeue: waits for other jobs" in out
     (end,) = sft.ends()
     assert (end["outcome"], end["action"]) == ("stopped", "requeue")
-    sft.finish()
-    dpo.finish()
-    assert command("requeue", sft) == 0 and "done already" in capsys.readouterr().out
+    assert job(sft.cluster, sft.job_id)["Restarts"] == "1"
+    assert command("requeue", sft) == 0 and "nothing to requeue" in capsys.readouterr().out
+    assert command("cancel", sft) == 0  # of one that waits to go on
+    out = capsys.readouterr().out
+    assert f"dpo  job {dpo.job_id} cancelled: waited for sft" in out and "goes on from there" in out, out
+    assert sft.history().cancelled and dpo.history().reason == f"upstream sft was cancelled by {steer.me()}"
 
 
 @pytest.mark.slurm
 def test_hold_saves_and_release_lets_go(chain: Callable[..., list[SlurmRun]], capsys: Any) -> None:
-    sft, dpo = chain("wait finish")
+    sft, dpo = chain("wait wait")
     sft.rank(1)
     name = "run_name=" + sft.run.pipeline
     assert command("hold", sft, name) == 0
@@ -327,6 +332,45 @@ def test_hold_saves_and_release_lets_go(chain: Callable[..., list[SlurmRun]], ca
     assert command("hold", sft) == 0 and "is held already" in capsys.readouterr().out
     assert sft.history().held_by == steer.me()
     assert command("release", sft, name) == 0 and capsys.readouterr().out.count("released") == 2
-    sft.finish()
-    dpo.finish()
-    assert sft.history().attempts == 2
+    sft.rank(2)
+    assert states(sft)["dpo"] == ("waiting", "waits for sft")
+
+
+# ---------------------------------------------------------------------------------------- on this machine
+
+
+def local_command(capsys: Any, name: str, world: World, *words: str) -> str:
+    """What the command said; it must have worked."""
+    assert steer.run_command(name, [*words, f"paths.output_base={world.folder}"]) == 0, capsys.readouterr()
+    return str(capsys.readouterr().out)
+
+
+def test_a_local_run_is_cancelled_and_goes_on_later(world: World, capsys: Any) -> None:
+    sft = world.add("sft", plan=["wait", "finish"])
+    dpo, rm = world.add("dpo", after=["sft"]), world.add("rm")
+    supervisor = world.start()
+    until(lambda: (sft.root / "started-1").exists(), "sft runs")
+    out = local_command(capsys, "cancel", world, "sft")
+    assert "sft  local-1 saves and leaves" in out and "cancelled; saved at step 1" in out
+    assert supervisor.wait(60) == 1
+    user = steer.me()
+    assert summarise(ledger.read(sft.ledger)).reason == f"cancelled by {user}"
+    assert summarise(ledger.read(dpo.ledger)).reason == f"upstream sft was cancelled by {user}"
+    assert manifest.problem(rm.model) is None and "To go on from here" in world.said()
+    assert world.supervise() == 0 and manifest.problem(dpo.model) is None
+    assert summarise(ledger.read(sft.ledger)).attempts == 2
+
+
+def test_a_local_run_is_requeued_killed_and_not_held(world: World, capsys: Any) -> None:
+    sft = world.add("sft", plan=["wait", "wait"])
+    supervisor = world.start()
+    until(lambda: summarise(ledger.read(sft.ledger)).running and (sft.root / "started-1").exists(), "sft runs")
+    assert steer.run_command("hold", ["sft", f"paths.output_base={world.folder}"]) == 1
+    assert "runs on this machine, where nothing queues" in capsys.readouterr().out
+    assert "saved at step 1; goes on" in local_command(capsys, "requeue", world, "sft")
+    until(lambda: (sft.root / "started-2").exists(), "it goes on")
+    out = local_command(capsys, "cancel", world, "sft", "--now")
+    assert "local-1 killed" in out and "cancelled; saved at step 1" in out
+    assert supervisor.wait(60) == 1
+    history = summarise(ledger.read(sft.ledger))
+    assert history.cancelled and history.attempts == 2 and history.checkpoint_step == 1

@@ -38,19 +38,24 @@ ATTEMPT_MARK = re.compile(
 ranks each line that a rank wrote has its number before it: `3: ...`."""
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old text or the new one: temporary file, fsync, rename."""
+def write_atomic(path: Path, text: str, durable: bool = True) -> None:
+    """Write a file so that a reader sees the old text or the new one: temporary file, fsync, rename.
+
+    durable: False leaves it to the system when it is on the disk, for files that a power cut may take.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    fsync_path(path.parent)
+    if durable:
+        fsync_path(path.parent)
 
 
 def fsync_path(path: Path) -> None:

@@ -3,6 +3,7 @@
 Every line has `time` (seconds since the epoch), `event` and `version`. The events:
 
     submitted          job_id, cluster                 a job was queued for this run
+    shared             pipelines                       folders beside its own pipeline's whose stages wait for this run
     restarted          folder                          what was there was set aside: the run starts from scratch
     attempt_started    attempt, job_id, node, nodes, restart_count      the job script began
     training_started   attempt, step                   the first step is about to run, after `step` done ones
@@ -17,6 +18,7 @@ Every line has `time` (seconds since the epoch), `event` and `version`. The even
     stopped            attempt, step                   the attempt saved and left on request
     attempt_ended      attempt, code, outcome, action, reason, ...      see run.life
     avoided            job_id, nodes                   the job was requeued away from these nodes before it began
+    notified           what, attempt, ways, problems   somebody was told of it, or could not be; see run.notify
     cancelled          reason                          by the user, or because an upstream stage failed
 """
 

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from post_training.run import gate, ledger, manifest, progress
+from post_training.run import gate, ledger, manifest, notify, progress
 from post_training.run.directory import ATTEMPT_MARK, Fenced, RunDirectory, write_atomic
 from post_training.run.history import FAILED, History, summarise
 
@@ -405,21 +405,37 @@ def cancel_dependents(run: RunDirectory, reason: str) -> None:
     """
     if run.read_config().get("cluster", {}).get("scheduler") != "slurm":
         return
+    told = {run.root}
+    for folder in pipelines_of(run):
+        for root in _after(run.root, folder):
+            other = RunDirectory(root)
+            if root in told or not other.ledger.exists() or manifest.problem(other.model) is None:
+                continue
+            told.add(root)
+            history = summarise(ledger.read(other.ledger))
+            if history.job_id is not None and not history.running and not history.cancelled:
+                ledger.append(other.ledger, "cancelled", reason=reason)
+
+
+def pipelines_of(run: RunDirectory) -> list[Path]:
+    """The folders of the pipelines that use a run: its own, and those that it is shared with."""
+    shared = (event.get("pipelines") for event in ledger.read(run.ledger) if event["event"] == "shared")
+    names = [name for given in shared if isinstance(given, list) for name in given if isinstance(name, str)]
+    sound = [name for name in names if name == Path(name).name]
+    return [run.root.parent.parent / name for name in dict.fromkeys([run.pipeline, *sound])]
+
+
+def _after(root: Path, folder: Path) -> list[Path]:
+    """Run directories of a pipeline's stages that come after the one in `root`, as its pipeline.json says."""
     try:
-        stages = json.loads((run.root.parent / "pipeline.json").read_text())["stages"]
+        stages = json.loads((folder / "pipeline.json").read_text())["stages"]
         roots = {name: Path(entry["run_dir"]) for name, entry in stages.items()}
-        lost = {name for name, root in roots.items() if root == run.root}
+        lost = {name for name, other in roots.items() if other == root}
         for _ in stages:
             lost |= {name for name, entry in stages.items() if lost & set(entry.get("after") or ())}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return
-    for name in lost:
-        other = RunDirectory(roots[name])
-        if other.root == run.root or not other.ledger.exists() or manifest.problem(other.model) is None:
-            continue
-        history = summarise(ledger.read(other.ledger))
-        if history.job_id is not None and not history.running and not history.cancelled:
-            ledger.append(other.ledger, "cancelled", reason=reason)
+        return []
+    return [roots[name] for name in stages if name in lost]
 
 
 def guard(run: RunDirectory, attempt: int) -> bool:
@@ -518,10 +534,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.command == "begin":
             nodes = re.split(r"[,\s]+", args.nodes.strip()) if args.nodes.strip() else []
-            begun = patiently(
-                lambda: begin(run, args.job_id, nodes, args.restart_count, args.sole, args.gone, args.cluster),
-                PATIENCE_S,
-            )
+            try:
+                begun = patiently(
+                    lambda: begin(run, args.job_id, nodes, args.restart_count, args.sole, args.gone, args.cluster),
+                    PATIENCE_S,
+                )
+            except RuntimeError:
+                notify.tell(run)  # it gave up before it began
+                raise
+            if begun.attempt is not None or begun.code in (DONE, GATED):  # else another job has the run
+                notify.tell(run)
             if begun.code == DONE:
                 print(f"{run.root} is finished: nothing to do", file=sys.stderr)
             elif begun.code == GATED:
@@ -532,7 +554,8 @@ def main(argv: list[str] | None = None) -> int:
                 print(begun.attempt if begun.attempt is not None else begun.says)
             return begun.code
         if args.command == "guard":
-            print("requeue" if patiently(lambda: guard(run, args.attempt), 5.0) else "exit")
+            print("requeue" if patiently(lambda: guard(run, args.attempt), 5.0) else "exit", flush=True)
+            notify.tell(run)
             return 0
         word = parse_word(args.job, args.node_states, args.restart_count)
         if args.command == "stop":
@@ -556,6 +579,7 @@ def _end(run: RunDirectory, args: argparse.Namespace, word: Word) -> str:
         # not recorded; the next attempt closes this one, and waits for room itself
         print(f"the end of attempt {args.attempt} could not be recorded: {error}", file=sys.stderr)
         return "wait" if signal == "TERM" else "requeue"
+    notify.tell(run)  # nothing where the job is to be requeued: that must not wait
     if ending.cancelled:
         return "cancel"
     if ending.by_slurm:

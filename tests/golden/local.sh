@@ -21,10 +21,22 @@ export PYTHONPATH="$RUN_DIR/code"
 cd "$RUN_DIR" || exit 2
 
 life() { "$PYTHON" -m post_training.run.life "$@"; }
+# bash 5.2 drops a trap whose signal comes while it reads $( ) or <( ), and what that stands in: from the traps on, what
+# commands say comes through a pipe. The other pipe stays empty.
+exec {answers}<> <(:) {never}<> <(:)
+line=""
+line_of() { # COMMAND...: what it says, as one line in $line
+  local status asking=1
+  "$@" | tr '\n' ' ' | head -c 32768 >&"$answers"
+  status=${PIPESTATUS[0]}
+  echo >&"$answers"
+  read -r line <&"$answers"
+  return "$status"
+}
 # wait so many seconds: a sleep that leaves no process behind when its shell is killed
-pause() { read -rt "$1" <> <(:); }
+pause() { read -rt "$1" -u "$never"; }
 # the first port from this one on that nobody listens on: another job may share the node
-# shellcheck disable=SC2188  # the redirection alone connects
+# shellcheck disable=SC2188,SC2317  # the redirection alone connects; called through line_of
 free_port() { local port=$1; while (<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 1)); done; echo "$port"; }
 
 trap '' USR1 # until there is an attempt to stop: it would end this script
@@ -46,6 +58,7 @@ interrupted=0  # a trap ran, so `wait` returned early
 late=0         # the exit code of processes that did not answer: a stop request, or the watch
 aside=()       # processes of this script that do not outlive the attempt
 word=()        # what SLURM said of the job while it ended
+asking=0       # `line_of` waits for an answer: a handler must not ask then
 
 # Handlers only record the request: the training processes look for it between steps, save and leave.
 # shellcheck disable=SC2317  # called by the traps
@@ -53,7 +66,7 @@ ask() {
   interrupted=1
   if [ -n "$signal" ]; then return; fi
   signal=$1
-  if [ "$signal" = TERM ]; then hear; fi
+  if [ "$signal" = TERM ] && [ "$asking" -eq 0 ]; then hear; fi
   life stop "$RUN_DIR" --attempt "$attempt" --signal "$signal" "${word[@]}"
   (pause 270; kill -USR2 $$) &
   aside+=("$!")
@@ -63,7 +76,8 @@ trap 'ask TERM' TERM
 trap 'interrupted=1; late=124' USR2
 trap 'interrupted=1; late=86' ALRM
 
-MASTER_PORT=$(free_port $((10000 + $$ % 20000)))
+line_of free_port $((10000 + $$ % 20000))
+MASTER_PORT=$line
 export MASTER_PORT MASTER_ADDR=127.0.0.1 WORLD_SIZE=1
 launch() {
   local rank ranks=() code=0 status
@@ -109,7 +123,8 @@ kill "${aside[@]}" 2>/dev/null
 
 # srun ends with 0 where its node was given up; why it was asked to stop, where it was, is known already
 if [ ! -e "$RUN_DIR/model/manifest.json" ] && [ -z "$signal" ]; then hear; fi
-action=$(life end "$RUN_DIR" --attempt "$attempt" --code "$code" --signal "$signal" "${word[@]}") || exit 1
+line_of life end "$RUN_DIR" --attempt "$attempt" --code "$code" --signal "$signal" "${word[@]}" || exit 1
+action=$line
 case $action in
   requeue*) requeue "${action#requeue}" ;;
   wait) wait_for_the_end ;;
