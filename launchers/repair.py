@@ -160,7 +160,6 @@ def plan(snapshot: Snapshot) -> list[Finding]:
         if run.here:
             found += [_duplicate(run, job, other, snapshot) for other in others if job is not None]
             found += _vanished(run, job)
-            found += _adopted(run, job, snapshot)
         if not run.done and job is None:
             lost.add(run.folder)
     for _ in snapshot.runs:  # what waits for a run that is lost is lost
@@ -175,6 +174,8 @@ def plan(snapshot: Snapshot) -> list[Finding]:
             break
     for run in snapshot.runs:
         job, _others = jobs[run.folder]
+        if run.here and run.folder not in lost and not run.elsewhere and not run.local:
+            found += _adopted(run, job, snapshot)
         if run.here and not run.done and job is not None and queued(job):
             found += _waiting(run, job, runs, jobs, lost, silent, snapshot)
     found += _orphans(snapshot, live)

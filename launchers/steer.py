@@ -587,7 +587,11 @@ def run_command(command: str, argv: list[str] | None = None) -> int:
     shown = _Line()
     try:
         given = parse_arguments(command, sys.argv[1:] if argv is None else argv)
-        looks = own_runs(choose(given.words, command), given.words)
+        looks = own_runs(chosen := choose(given.words, command), given.words)
+        if not looks:
+            owners = ", ".join(dict.fromkeys(look.run.pipeline for look in chosen))
+            problem = f"all runs of {chosen[0].pipeline} are those of {owners}"
+            raise LaunchError(problem, f"name the stages that you want to {command}, or run_name={owners}")
         said = ACTS[command](looks, **({"now": given.now} if command == "cancel" else {}))
         print("\n".join(lines(said)), flush=True)
         waiting = [item for item in said if item.waits]
@@ -601,7 +605,7 @@ def run_command(command: str, argv: list[str] | None = None) -> int:
             shown("")
             print("\n".join(lines(told)), flush=True)
             said = [item for item in said if not item.waits] + told
-        if command == "cancel" and looks and any(item.ok for item in said):
+        if any(item.ok and not item.look.done and item.look.story.history.cancel_wish for item in said):
             print("the command that submitted them goes on from there")
         return 0 if all(item.ok for item in said) else 1
     except LaunchError as error:
