@@ -30,7 +30,7 @@ from launchers.local import owned
 from launchers.runs import Look, find_pipelines, looks_of, real, which
 from launchers.runs import _conf as conf_of
 from launchers.states import is_local
-from launchers.steer import held, queued
+from launchers.steer import held, queued, refresh
 from post_training.run import ledger, life, manifest
 from post_training.run.directory import RunDirectory, is_there
 from post_training.run.history import History, summarise
@@ -391,7 +391,7 @@ def take(output_base: Path, names: list[str], now: float | None = None) -> Snaps
             continue
         for look in on_slurm:
             if conf_of(look) == conf and not look.done:
-                look.read()
+                refresh(look)
         ids = [
             look.story.history.job_id
             for look in looks.values()

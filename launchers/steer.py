@@ -25,6 +25,7 @@ from launchers.errors import LaunchError
 from launchers.local import owned, shell_of
 from launchers.runs import Look, ask_slurm, choose, real, rows_of
 from launchers.runs import _conf as conf_of
+from launchers.runs import _output_problem as output_problem
 from launchers.states import is_local, pending_reason
 from post_training.run import ledger, life
 from post_training.run.directory import RunDirectory
@@ -61,6 +62,12 @@ class Said:
     @property
     def name(self) -> str:
         return f"{self.look.pipeline}/{self.look.name}"
+
+
+def refresh(look: Look) -> Look:
+    """Read again what may have changed: a config is frozen."""
+    look.story, look.output_problem = table.read_history(look.run), output_problem(look.run.model)
+    return look
 
 
 def held(job: slurm.JobRecord) -> str | None:
@@ -125,7 +132,7 @@ class _Scene:
     def again(self, looks: Sequence[Look]) -> None:
         """Look again at these runs and their jobs."""
         for look in looks:
-            look.read()
+            refresh(look)
         self.jobs = ask_slurm(list(looks))
 
     def not_for_us(self, look: Look) -> str | None:
@@ -180,7 +187,7 @@ def _ask(look: Look, what: str, user: str) -> None:
     """Write a wish into the ledger. An attempt that is about to begin has begun before it, or finds it."""
     with look.run.exclusive():
         ledger.append(look.run.ledger, "asked", what=what, user=user, job_id=look.story.history.job_id or "")
-    look.read()
+    refresh(look)
 
 
 def _nudge(look: Look) -> str | None:
@@ -465,7 +472,7 @@ def wait(said: Sequence[Said], show: Callable[[str], None], seconds: float) -> l
     while left:
         looks = [item.look for item in left]
         for look in looks:
-            look.read()
+            refresh(look)
         jobs = ask_slurm(looks)
         again = time.monotonic() - asked > AGAIN_S
         for item in list(left):
@@ -530,7 +537,7 @@ def _left(item: Said, job: Word) -> Said | None:
     if not history.cancelled:
         if history.running:  # not even its end could be recorded
             life.close_lost_attempt(look.run, history, same_job=False)
-        if not look.read().story.history.cancelled:
+        if not refresh(look).story.history.cancelled:
             reason = f"cancelled by {history.cancel_wish or me()}"
             ledger.append(look.run.ledger, "cancelled", reason=reason)
     return Said(look, f"cancelled; {saved}")
