@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conf.check import ConfigError
@@ -429,6 +429,7 @@ TEXT = st.one_of(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(config_=TEXT, partitions=TEXT, nodes=TEXT, qos=TEXT, users=TEXT, ping=TEXT, version=TEXT)
 def test_no_answer_breaks_it(**texts: str) -> None:
     asked = answers(
@@ -444,6 +445,7 @@ def test_no_answer_breaks_it(**texts: str) -> None:
     assert site.Site(**vars(kept)) == kept
 
 
+@settings(deadline=None)
 @given(found=st.lists(st.builds(
     Finding, st.sampled_from(["SLURM", "limits"]), st.text(max_size=40), st.sampled_from(list(doctor.MARKS)),
     st.text(max_size=300), st.text(max_size=100), st.text(max_size=100),
@@ -628,6 +630,11 @@ def test_unsound_shared_folders(changes: dict[str, Any], name: str, level: str) 
     assert named(judged(node(0), node(1, shared=changes)))[name].level == level
 
 
+def test_whose_clock_is_ahead() -> None:
+    found = named(judged(node(0, shared={"skew_s": -30.0}), node(1, shared={"skew_s": -30.0})))["clock of nodes"]
+    assert found.seen == "30.0 s ahead" and found.level == "warning"  # the server is behind them, and not behind us
+
+
 def test_jobs_that_saw_nothing() -> None:
     def one(**job: Any) -> Finding:
         (found,) = judged(**job)
@@ -657,6 +664,7 @@ def test_what_was_found_is_found_again(tmp_path: Path) -> None:
     assert site.load(path) == Site()
 
 
+@settings(deadline=None)
 @given(st.dictionaries(
     st.sampled_from(sorted(vars(Site()))),
     st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
