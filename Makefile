@@ -53,10 +53,12 @@ $(VENV)/lm_eval: requirements-lm-eval.lock | $(VENV)/bin/python
 	@touch $@
 
 # wandb, an extra, and what it alone brings
-WANDB := wandb|cwevals|distro|sniffio|opentelemetry-.*|googleapis-common-protos|platformdirs|requests|urllib3|charset-normalizer
+WANDB := wandb|cwevals|distro|sniffio|opentelemetry-.*|googleapis-common-protos|requests|urllib3|charset-normalizer
 # the extras serve and judge, and what they alone bring
 SERVE := gradio|gradio_client|hf-gradio|brotli|fastapi|starlette|uvicorn|openai|httpx2|httpcore2|jiter|truststore|orjson|pydub|python-multipart|pytz|safehttpx|groovy|semantic-version|tomlkit
-DEV := ^(playwright|greenlet|pyee|pytest|pytest-xdist|execnet|hypothesis|ruff|mypy|mypy_extensions|types-.*|pluggy|iniconfig|sortedcontainers|pathspec|librt|ast_serialize|$(WANDB)|$(SERVE))==
+# the extra optuna, and what it alone brings
+OPTUNA := hydra-optuna-sweeper|optuna|sqlalchemy|alembic|mako|cliff|cmaes|cmd2|colorlog|autopage|prettytable|prompt_toolkit|pyperclip|rich-argparse|stevedore|wcwidth
+DEV := ^(playwright|greenlet|pyee|pytest|pytest-xdist|execnet|hypothesis|ruff|mypy|mypy_extensions|types-.*|pluggy|iniconfig|sortedcontainers|pathspec|librt|ast_serialize|$(WANDB)|$(SERVE)|$(OPTUNA))==
 
 # Write down the versions of this environment, after it was upgraded and tested.
 lock: $(VENV)/.installed-dev

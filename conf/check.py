@@ -14,6 +14,14 @@ from conf.schema import LENGTHS, TECHNIQUES, TEMPLATES, UNTRAINED, Config, Gener
 
 GUARDRAILS = ("nan", "kl", "saturation", "entropy", "spike")
 """Rules of `guardrails`, the worst first."""
+NOTIFIED = ("done", "failed", "stuck", "gated", "cancelled", "requeued", "pipeline")
+"""What `notify.events` can name."""
+MAIL_TYPES = (
+    "NONE", "BEGIN", "END", "FAIL", "REQUEUE", "ALL", "INVALID_DEPEND", "STAGE_OUT", "TIME_LIMIT", "TIME_LIMIT_90",
+    "TIME_LIMIT_80", "TIME_LIMIT_50", "ARRAY_TASKS",
+)  # fmt: skip
+"""What sbatch takes as --mail-type."""
+ADDRESS = re.compile(r"[^\s,;<>@]+@[^\s,;<>@]+")
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16", "float16"),
@@ -23,6 +31,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.name": tuple(KNOWN),
     "data.quality.dedup": ("none", "exact", "near"),
     "cluster.scheduler": ("slurm", "local", "auto"),
+    "container.runtime": ("apptainer", "singularity", "pyxis"),
     "guardrails.nan": ("off", "warn", "stop"),
     **{f"guardrails.{rule}": ("off", "warn", "stop", "lower_lr") for rule in GUARDRAILS[1:]},
     "base.packing": ("none", "wrapped"),
@@ -68,6 +77,7 @@ AT_LEAST: dict[str, float] = {
     "slurm.max_failures": 1,
     "slurm.max_attempts_without_progress": 1,
     "slurm.watchdog_minutes": 0.05,
+    "slurm.array_parallelism": 1,
     "checkpointing.mttf_hours": 0.01,
     "logging.steps": 1,
     "data.held_out": 1,
@@ -211,6 +221,17 @@ def beyond(cfg: Config, positions: int) -> tuple[str, int, int] | None:
     return ("training.max_length", longest, positions) if longest > positions else None
 
 
+def runs_here(cfg: Config) -> bool:
+    """Whether the Python that submits runs the jobs too: then their packages are known."""
+    return cfg.cluster.python is None and environment(cfg) is None
+
+
+def environment(cfg: Config) -> str | None:
+    """The key that says where the jobs' Python is, beside cluster.python: an environment's, or a container's."""
+    given = {"slurm.venv": cfg.slurm.venv, "slurm.conda": cfg.slurm.conda, "container.image": cfg.container.image}
+    return next((name for name, value in given.items() if value is not None), None)
+
+
 def check_run(cfg: Config) -> None:
     """Refuse a stage's config that cannot work. Raises ConfigError for the first problem found."""
     if cfg.stage not in TECHNIQUES:
@@ -227,6 +248,8 @@ def check_run(cfg: Config) -> None:
     if cfg.run_name is not None and not NAME.fullmatch(cfg.run_name):
         raise ConfigError("run_name", cfg.run_name, "is used as a folder's name", "use letters, digits and . _ - = , +")
     _check_slurm(cfg)
+    check_notify(cfg)
+    check_environment(cfg)
     _check_model(cfg)
     _check_data(cfg)
     if cfg.stage not in UNTRAINED:
@@ -359,13 +382,75 @@ def _check_logging(cfg: Config) -> None:
         if target not in ("tensorboard", "wandb"):
             raise ConfigError("logging.report_to", target, "unknown", nearest(target, ("tensorboard", "wandb")))
     if "wandb" in cfg.logging.report_to:
-        # the Python that submits runs the jobs too, unless cluster.python says otherwise
-        if cfg.cluster.python is None and importlib.util.find_spec("wandb") is None:
+        if runs_here(cfg) and importlib.util.find_spec("wandb") is None:
             fix = "pip install wandb (the extra [wandb]), or logging=tensorboard"
             raise ConfigError("logging.report_to", "wandb", "the package wandb is not installed", fix)
         if "WANDB_API_KEY" in cfg.slurm.env:
             fix = "leave it out, and export WANDB_API_KEY in the shell that submits"
             raise ConfigError("slurm.env.WANDB_API_KEY", "...", "a secret must not be in a frozen config", fix)
+
+
+KEPT_OUT = ("-e", "--cleanenv", "-C", "--containall", "--compat", "-p", "--pid")
+"""Options of apptainer that keep SLURM's variables from the ranks, or their numbers from the script."""
+
+
+def check_environment(cfg: Config) -> None:
+    """Refuse environments that exclude each other, and containers in which stages cannot run. Raises ConfigError."""
+    how, slurm = cfg.container, cfg.slurm
+    given = {"slurm.venv": slurm.venv, "slurm.conda": slurm.conda, "container.image": how.image}
+    several = [name for name, value in given.items() if value is not None]
+    if len(several) > 1:
+        raise ConfigError(several[1], given[several[1]], f"{several[0]} says which Python there is", "give one of them")
+    if slurm.venv is not None and not slurm.venv.startswith(("/", "~")):
+        raise ConfigError("slurm.venv", slurm.venv, "not a whole path", "write it as in /home/me/venv or ~/venv")
+    if slurm.conda is not None and slurm.conda.startswith("-"):
+        raise ConfigError("slurm.conda", slurm.conda, "no name or folder", "slurm.conda=<name>")
+    if how.image is None:
+        return
+    if not how.image or how.image.startswith("-"):
+        raise ConfigError("container.image", how.image, "no image", "container.image=/data/images/train.sif")
+    if how.runtime != "pyxis" and "://" in how.image:
+        problem = f"every rank would fetch it anew: {how.runtime} runs files and folders here"
+        raise ConfigError("container.image", how.image, problem, f"{how.runtime} pull image.sif {how.image}")
+    if how.runtime == "pyxis" and cfg.cluster.scheduler == "local":
+        problem = "pyxis is a part of SLURM's srun, and this machine runs the stages itself"
+        raise ConfigError("container.runtime", "pyxis", problem, "container.runtime=apptainer")
+    for word in how.arguments:
+        if how.runtime == "pyxis" and not re.match(r"--(no-)?container-", word):
+            problem = "only --container-* options of srun are the container's"
+            raise ConfigError("container.arguments", word, problem, "as in --container-remap-root")
+        if how.runtime != "pyxis" and word in KEPT_OUT:
+            problem = "ranks need SLURM's variables and the node's process numbers"
+            raise ConfigError("container.arguments", word, problem, "leave it out; --contain and --no-home are fine")
+    for mount in how.mounts:
+        if not re.fullmatch(r"/[^:,]*(:/[^:,]*(:[a-z+]+)?)?", mount):
+            problem = "not a whole path without colon and comma, perhaps with the path inside and a flag"
+            raise ConfigError("container.mounts", mount, problem, "write it as in /data, /data:/in or /data:/in:ro")
+
+
+def check_notify(cfg: Config) -> None:
+    """Refuse notices that cannot be sent, and secrets in the config. Raises ConfigError."""
+    how = cfg.notify
+    for event in how.events:
+        if event not in NOTIFIED:
+            raise ConfigError("notify.events", event, "nothing that is told", nearest(event, NOTIFIED))
+    for address in how.mail.split(",") if how.mail is not None else ():
+        if not ADDRESS.fullmatch(address.strip()):
+            raise ConfigError("notify.mail", how.mail, "not an address", "notify.mail=name@example.org")
+    if how.smtp is not None:
+        if how.mail is None:
+            raise ConfigError("notify.smtp", how.smtp, "nobody is written to", "notify.mail=<your address>")
+        if not re.fullmatch(r"[A-Za-z0-9._-]+(:\d{1,5})?", how.smtp):
+            raise ConfigError("notify.smtp", how.smtp, "not host or host:port", "notify.smtp=mail.example.org:25")
+    if "POST_TRAINING_WEBHOOK" in cfg.slurm.env:
+        fix = "leave it out, and export POST_TRAINING_WEBHOOK in the shell that submits"
+        raise ConfigError("slurm.env.POST_TRAINING_WEBHOOK", "...", "a secret must not be in a frozen config", fix)
+    user = cfg.slurm.mail_user
+    if user is not None and not re.fullmatch(r"[^\s,;<>]+", user):
+        raise ConfigError("slurm.mail_user", user, "not one address or user", "slurm.mail_user=name@example.org")
+    for kind in cfg.slurm.mail_type:
+        if kind.upper() not in MAIL_TYPES:
+            raise ConfigError("slurm.mail_type", kind, "unknown to sbatch", nearest(kind.upper(), MAIL_TYPES))
 
 
 def _check_slurm(cfg: Config) -> None:
@@ -398,6 +483,10 @@ def _check_slurm(cfg: Config) -> None:
             raise ConfigError("slurm.env", name, "no name of an environment variable", "letters, digits and _")
     if cfg.slurm.mem is not None and not re.fullmatch(r"\d+[KMGT]?", cfg.slurm.mem):
         raise ConfigError("slurm.mem", cfg.slurm.mem, "not an amount of memory", "write it as in 500G")
+    if cfg.slurm.array_parallelism is not None and cfg.container.image is not None:
+        problem = "a container's options name its run, and the elements of an array have one script"
+        key = "slurm.array_parallelism"
+        raise ConfigError(key, cfg.slurm.array_parallelism, problem, f"{key}=null")
     if cfg.cluster.scheduler == "local" and cfg.slurm.num_nodes != 1:
         raise ConfigError("slurm.num_nodes", cfg.slurm.num_nodes, "cluster=local is one machine", "slurm.num_nodes=1")
 
@@ -607,8 +696,7 @@ def _check_lora(cfg: Config) -> None:
     if lora.quantize is not None and cfg.parallel.strategy == "zero3":
         problem = "ZeRO-3 cannot share weights held in 4 bits"
         raise ConfigError("lora.quantize", lora.quantize, problem, "parallel=zero2, or lora.quantize=null")
-    # the Python that submits runs the jobs too, unless cluster.python says otherwise
-    if lora.quantize is not None and cfg.cluster.python is None and importlib.util.find_spec("bitsandbytes") is None:
+    if lora.quantize is not None and runs_here(cfg) and importlib.util.find_spec("bitsandbytes") is None:
         fix = "pip install bitsandbytes (the extra [qlora]), or lora.quantize=null"
         raise ConfigError("lora.quantize", lora.quantize, "the package bitsandbytes is not installed", fix)
 
@@ -624,8 +712,7 @@ def _check_vllm(cfg: Config) -> None:
     if share is not None and not 0 < share <= 1:
         problem = "must be above 0 and at most 1"
         raise ConfigError(f"{where}.gpu_memory_utilization", share, problem, f"{where}.gpu_memory_utilization=0.3")
-    # the Python that submits runs the jobs too, unless cluster.python says otherwise
-    if cfg.cluster.python is None and importlib.util.find_spec("vllm") is None:
+    if runs_here(cfg) and importlib.util.find_spec("vllm") is None:
         fix = f"pip install vllm (the extra [vllm]), or {where}.backend=transformers"
         raise ConfigError(f"{where}.backend", backend, "the package vllm is not installed", fix)
     if how is None:
@@ -664,8 +751,7 @@ def _check_benchmarks(cfg: Config) -> None:
     for name in how.tasks:
         if how.tasks.count(name) > 1:
             raise ConfigError("eval.tasks", name, "is there twice", "name it once")
-    # the Python that submits runs the jobs too, unless cluster.python says otherwise
-    if cfg.cluster.python is None and importlib.util.find_spec("lm_eval") is None:
+    if runs_here(cfg) and importlib.util.find_spec("lm_eval") is None:
         fix = "pip install '.[lm-eval]' in the project's folder, or eval.tasks=[]"
         raise ConfigError("eval.tasks", ",".join(how.tasks), "the package lm-eval is not installed", fix)
 
@@ -696,7 +782,7 @@ def _check_judge(cfg: Config) -> None:
     if key in cfg.slurm.env:
         fix = f"leave it out, and export {key} in the shell that submits"
         raise ConfigError(f"slurm.env.{key}", "...", "a secret must not be in a frozen config", fix)
-    if cfg.cluster.python is None and importlib.util.find_spec("openai") is None:
+    if runs_here(cfg) and importlib.util.find_spec("openai") is None:
         fix = "pip install '.[judge]' in the project's folder, or eval.judge.base_url=null"
         raise ConfigError("eval.judge.base_url", judge.base_url, "the package openai is not installed", fix)
 
@@ -741,7 +827,7 @@ def check_serve(cfg: Config) -> None:
         if name.endswith(("_API_KEY", "_TOKEN")):
             fix = f"leave it out, and export {name} in the shell that submits"
             raise ConfigError(f"slurm.env.{name}", "...", "a secret must not be in a job script", fix)
-    if serve.engine == "vllm" and cfg.cluster.python is None and importlib.util.find_spec("vllm") is None:
+    if serve.engine == "vllm" and runs_here(cfg) and importlib.util.find_spec("vllm") is None:
         fix = "pip install vllm (the extra [vllm]), or serve.engine=transformers"
         raise ConfigError("serve.engine", "vllm", "the package vllm is not installed", fix)
 

@@ -162,9 +162,45 @@ class Slurm:
     health_check: str | None = key(None, "shell line run on each node before training; a node that fails it is avoided")
     modules: list[str] = key([], "environment modules loaded in the job")
     setup: list[str] = key([], "shell lines run in the job before Python starts (your text, taken as it is)")
+    venv: str | None = key(None, "folder of a virtual environment, activated in the job; its Python runs the stages")
+    conda: str | None = key(None, "name or folder of a conda environment, activated in the job, whose Python it takes")
     env: dict[str, str] = key({}, "environment variables of the job; secrets belong in your own environment")
     constraint: str | None = key(None, "node features wanted, as in --constraint")
     exclude: str | None = key(None, "nodes not to be used, as in --exclude")
+    mail_user: str | None = key(None, "address that SLURM's controller writes to, as in --mail-user; null: to nobody")
+    mail_type: list[str] = key(["FAIL", "INVALID_DEPEND"], "mail_user: of what SLURM writes, as in --mail-type")
+    array_parallelism: int | None = key(
+        None, "sweeps: points that run a stage at a time, which is one job array then; null: a job each, no limit"
+    )
+
+
+@dataclass
+class Container:
+    """Training in a container. The job script itself stays on the node, where SLURM's commands are; the stages' Python
+    is the container's (cluster.python, by default its python3), and needs what this project needs."""
+
+    image: str | None = key(None, "apptainer: .sif file or folder; pyxis: .sqsh file or URI; null: no container")
+    runtime: str = key("apptainer", "what runs it: apptainer, singularity, or pyxis (srun's --container-image, enroot)")
+    mounts: list[str] = key([], "folders seen inside beside paths.output_base and inputs, as in /data or /data:/in:ro")
+    arguments: list[str] = key([], "further options of `apptainer exec`, or --container-* options of srun")
+    host_python: str | None = key(
+        None, "the node's own Python (3.10 or later, with PyYAML) for the script's bookkeeping; null: the container's"
+    )
+
+
+@dataclass
+class Notify:
+    """Who is told how runs end. The webhook's address is a secret: it stands in POST_TRAINING_WEBHOOK alone, in the
+    environment of the shell that submits."""
+
+    events: list[str] = key(
+        ["done", "failed", "stuck", "gated", "pipeline"],
+        "what is told, of a run: done, failed, stuck (stopped without progress), gated, cancelled, requeued; pipeline: "
+        "its last stage is done",
+    )
+    webhook: bool = key(False, "posted to the address in POST_TRAINING_WEBHOOK (Slack, Mattermost, Discord, ...)")
+    mail: str | None = key(None, "mailed by the job itself to these addresses, by commas; see slurm.mail_user too")
+    smtp: str | None = key(None, "mail server without password, host or host:port; null: the node's own sendmail")
 
 
 @dataclass
@@ -175,6 +211,11 @@ class Cluster:
     slurm_conf: str | None = key(None, "path exported as SLURM_CONF; null: the system's")
     python: str | None = key(None, "Python of the jobs; null: the one that submits")
     gpu_memory_gb: float | None = key(None, "memory of one GPU, GiB: what cannot fit is refused; null: not checked")
+
+
+@dataclass
+class Sweep:
+    metric: str | None = key(None, "what a sampler (-m hydra/sweeper=optuna) makes better: <eval stage>/<figure>")
 
 
 @dataclass
@@ -511,6 +552,8 @@ class Config:
     checkpointing: Checkpointing = key(Checkpointing(), "what is saved, and when")
     slurm: Slurm = key(Slurm(), "what each job asks for; under cluster=local wall time, signal and CPUs hold too")
     cluster: Cluster = key(Cluster(), "where jobs run")
+    container: Container = key(Container(), "the container in which stages run")
+    notify: Notify = key(Notify(), "who is told how runs end")
     lora: Lora = key(Lora(), "adapters instead of all weights; not for base")
     parallel: Parallel = key(Parallel(), "how ranks share the work")
     logging: Logging = key(Logging(), "what is logged, and where to")
@@ -533,6 +576,7 @@ class Config:
     serve: Serve = key(Serve(), "launchers.serve: an OpenAI-compatible server for a stage's model")
     prepare: Prepare = key(Prepare(), "prepare stage: data tokenised and packed before its stages start, on CPUs")
     pipeline: Pipeline = key(Pipeline(), "the graph of stages")
+    sweep: Sweep = key(Sweep(), "points sampled by an optimiser, under -m")
     stages: dict[str, Any] = key({}, "what `<stage>.<key>=...` on the command line sets for one stage alone")
 
 

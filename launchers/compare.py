@@ -1,6 +1,7 @@
 """The across-stages table: what each stage's model is worth on held-out problems, what it gained, what it forgot.
 
-    python -m launchers.compare [run_name=NAME ...] [paths.output_base=outputs] [--markdown|--csv|--json] [--all]
+    python -m launchers.compare [run_name=NAME ...|sweep=NAME] [paths.output_base=outputs] [--markdown|--csv|--json]
+                                [--all]
 
 Several pipelines are also set side by side, each against the first. Exit status: 0; 1 where an evaluation's results
 are damaged (the others are shown), or where no stage has been judged yet; 2 for bad input.
@@ -26,14 +27,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launchers import points
 from launchers.errors import LaunchError
-from launchers.runs import find_pipelines, real, which
+from launchers.runs import find_pipelines, looks_of, real, which
 from launchers.table import near
-from launchers.worth import Judged, Pipeline, best, one_line, read_pipeline, rows_of, telling
+from launchers.worth import Judged, Pipeline, best, judged_and_damaged, one_line, read_pipeline, rows_of, telling
 from post_training.run import results
 from post_training.run.results import Figure
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.text import Text
 
 VERSION = 1
@@ -256,6 +259,96 @@ def side_by_side(rows: list[dict[str, Any]]) -> Sheet:
     )  # fmt: skip
 
 
+def sweep_sheet(name: str, ranking: points.Ranking) -> Sheet:
+    """The points of a sweep, the best first: what differs, and the scores of the stages in which they differ."""
+    found = ranking.points
+    keys = list(dict.fromkeys(key for point in found for key in point.keys))
+    columns = [Column("", [Cell(str(point.rank or "-")) for point in found])]
+    columns += [Column(one_line(key), [Cell(one_line(point.keys.get(key, "-"))) for point in found]) for key in keys]
+    for stage in ranking.stages:
+        cells = []
+        for point in found:
+            of = point.scores.get(stage)
+            if of is None or of.score is None or of.headline is None:
+                cells.append(Cell("-"))
+                continue
+            figure = {key: value for key, value in asdict(of.score).items() if value is not None}
+            plain = {"score": figure, "headline": of.headline}
+            score, half = _score_cells(plain)
+            cells.append(Cell(f"{score.text} +- {half.text}" if half.text and of.score.low is not None else score.text))
+        columns.append(Column(one_line(stage), cells))
+    columns.append(Column("pipeline", [Cell(one_line(point.folder)) for point in found]))
+    title = f"{one_line(name)}: {len(found)} points"
+    if ranking.by is not None and ranking.metric is not None:
+        title += f", the best {one_line(results.metric(ranking.metric).title)} of {one_line(ranking.by)} first"
+    waiting = sum(point.rank is None for point in found)
+    notes = [f"not judged yet: {waiting} of {len(found)} points"] if waiting else []
+    return Sheet(f"{title}; +- is the half width of a 95 % interval", columns, notes)
+
+
+def sweep_csv(ranking: points.Ranking) -> str:
+    """RFC 4180: a line a point."""
+    lines: list[dict[str, Any]] = []
+    for point in ranking.points:
+        line: dict[str, Any] = {"rank": point.rank, "pipeline": point.folder, **point.keys}
+        for stage, found in point.scores.items():
+            score = found.score
+            line |= {f"{stage}_headline": found.headline, f"{stage}_score": score.value if score else None}
+            line |= {f"{stage}_low": score.low if score else None, f"{stage}_high": score.high if score else None}
+        lines.append(line)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for line in lines for key in line)), restval="")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def show_sweep(output_base: Path, name: str, form: str | None = None) -> int:
+    """Print one table of a sweep's points. Asks no SLURM: what is not judged yet status tells. The exit status."""
+    known = points.read(output_base, name)
+    pipelines = []
+    for folder in find_pipelines(output_base, list(known)) if known else ():
+        judged, damaged = judged_and_damaged(looks_of(folder))
+        pipelines.append(Pipeline(folder, judged, damaged))
+    ranking = points.rank(known, pipelines, *points.metric_of(output_base, name))
+    if form == "json":
+        print(json.dumps(points.as_plain(name, ranking), indent=1, allow_nan=False))
+    elif form == "csv":
+        sys.stdout.write(sweep_csv(ranking))
+    elif form == "markdown":
+        sys.stdout.write(markdown(sweep_sheet(name, ranking)))
+    else:
+        _print_sheet(*_terminal(), sweep_sheet(name, ranking))
+        for pipeline in pipelines:
+            for undone in pipeline.undone:
+                print(f"not read: {one_line(pipeline.name)}/{one_line(undone.line(), None)}")
+    sys.stdout.flush()
+    return _status(pipelines)
+
+
+def _terminal() -> tuple[Console, int]:
+    """Where tables are printed, and its width: a pipe has none: one line a stage, however long."""
+    from rich.console import Console
+
+    width = shutil.get_terminal_size(fallback=(100_000, 24)).columns
+    return Console(highlight=False, soft_wrap=True, width=width), width
+
+
+def _print_sheet(console: Console, width: int, shown: Sheet) -> None:
+    def say(text: str) -> None:
+        lines = textwrap.wrap(text, max(20, width), subsequent_indent="  ")
+        console.print("\n".join(lines), markup=False)
+
+    say(shown.title)
+    for i, table in enumerate(terminal(shown, width)):
+        if i:
+            console.print()
+        for line in table:
+            console.print(line)
+    for note in shown.notes:
+        say(note)
+
+
 def markdown(sheet: Sheet) -> str:
     """A table of GitHub's Markdown, its notes below. Every cell is shown to the letter."""
     lines = [f"**{_escaped(sheet.title)}**", ""]
@@ -373,32 +466,18 @@ def show(folder: Path) -> int:
 
 
 def _show(pipelines: list[Pipeline], own_tables: bool) -> int:
-    from rich.console import Console
-
-    # a pipe has no width: one line a stage, however long. A terminal's tables are folded
-    width = shutil.get_terminal_size(fallback=(100_000, 24)).columns
-    console = Console(highlight=False, soft_wrap=True, width=width)
+    console, width = _terminal()
 
     def say(text: str = "", wrap: bool = False) -> None:
         lines = textwrap.wrap(text, max(20, width), subsequent_indent="  ") if wrap else [text]
         console.print("\n".join(lines) or "", markup=False)
-
-    def print_sheet(shown: Sheet) -> None:
-        say(shown.title, wrap=True)
-        for i, table in enumerate(terminal(shown, width)):
-            if i:
-                say()
-            for line in table:
-                console.print(line)
-        for note in shown.notes:
-            say(note, wrap=True)
 
     rows = rows_of(pipelines)
     for pipeline in pipelines:
         if own_tables:
             own = [row for row in rows if row["pipeline"] == pipeline.name]
             if own:
-                print_sheet(sheet(pipeline, own))
+                _print_sheet(console, width, sheet(pipeline, own))
             else:
                 say(f"{one_line(pipeline.name)}: no stage has been judged yet")
         for undone in pipeline.undone:
@@ -408,7 +487,7 @@ def _show(pipelines: list[Pipeline], own_tables: bool) -> int:
         if own_tables:
             say()
     if len({row["pipeline"] for row in rows}) > 1:
-        print_sheet(side_by_side(rows))
+        _print_sheet(console, width, side_by_side(rows))
         say()
     if len(pipelines) == 1 and (lines := sample_lines(pipelines[0].judged, NUM_SAMPLES, min(width, 120))):
         say("answers to problems on which the stages disagree:")
@@ -456,6 +535,7 @@ class Arguments:
     names: list[str]
     form: str | None  # markdown, csv or json; None: for a person
     every: bool
+    sweep: str | None = None  # of which one table is wanted
 
 
 def parse_arguments(argv: list[str]) -> Arguments:
@@ -463,7 +543,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
     parser = argparse.ArgumentParser(
         prog="python -m launchers.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="run_name=NAME, paths.output_base=FOLDER")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="run_name=, sweep=, paths.output_base=")
     forms = parser.add_mutually_exclusive_group()
     forms.add_argument("--markdown", dest="form", action="store_const", const="markdown", help="tables for a document")
     forms.add_argument("--csv", dest="form", action="store_const", const="csv", help="one line a stage, whole numbers")
@@ -471,12 +551,16 @@ def parse_arguments(argv: list[str]) -> Arguments:
     parser.add_argument("--all", action="store_true", dest="every",
                         help=f"each pipeline's own table, also where there are more than {MANY}")  # fmt: skip
     given = parser.parse_intermixed_args(argv)
-    return Arguments(*which(given.settings, "compare"), given.form, given.every)
+    sweeps = [setting.partition("=")[2] for setting in given.settings if setting.startswith("sweep=")]
+    alone = len(sweeps) == 1 and not given.every and not any(s.startswith("run_name=") for s in given.settings)
+    return Arguments(*which(given.settings, "compare"), given.form, given.every, sweeps[0] if alone else None)
 
 
 def main(argv: list[str] | None = None) -> int:
     try:
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+        if arguments.sweep is not None:
+            return show_sweep(arguments.output_base, arguments.sweep, arguments.form)
         pipelines = [read_pipeline(f) for f in find_pipelines(arguments.output_base, arguments.names)]
         own_tables = arguments.every or bool(arguments.names) or len(pipelines) <= MANY
         forms: dict[str, Callable[[], str]] = {

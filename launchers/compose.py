@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import pickle
 import re
 import typing
@@ -39,7 +40,9 @@ from conf.check import ConfigError, nearest
 from conf.schema import LENGTHS, TECHNIQUES, Config, Gate, Node
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-ONE_FOR_ALL = ("stage", "pipeline", "cluster", "run_name", "dry_run", "stages", "paths")
+OWN = "POST_TRAINING_CONF"
+"""The environment variable with a folder laid out as conf/, whose files stand beside the project's: a site's, yours."""
+ONE_FOR_ALL = ("stage", "pipeline", "cluster", "run_name", "dry_run", "stages", "paths", "sweep")
 """Root keys that cannot differ between the stages of one pipeline."""
 _TOKEN = re.compile(r"(?P<prefix>\+\+|\+|~)?(?P<key>[^=]+?)(?:=(?P<value>.*))?", re.DOTALL)
 
@@ -47,11 +50,32 @@ _TOKEN = re.compile(r"(?P<prefix>\+\+|\+|~)?(?P<key>[^=]+?)(?:=(?P<value>.*))?",
 # ------------------------------------------------------------------------------------------- the schema
 
 
+def own_folder() -> Path | None:
+    """The folder that POST_TRAINING_CONF names; None where it is not set. Raises ConfigError where there is none."""
+    given = os.environ.get(OWN)
+    if not given:
+        return None
+    folder = Path(given).expanduser().absolute()
+    if not folder.is_dir():
+        raise ConfigError(
+            OWN, given, "no such folder", f"export {OWN}=<a folder with cluster/<site>.yaml>, or unset it"
+        )
+    return folder
+
+
+def search_path() -> list[str]:
+    """Where Hydra looks for files beside conf/, as hydra.searchpath has it."""
+    own = own_folder()
+    return [] if own is None else [f"file://{own}"]
+
+
 @cache
 def groups() -> dict[str, tuple[str, ...]]:
     """Config groups and their options, from the files there are."""
-    folders = sorted(p for p in CONF.iterdir() if p.is_dir() and any(p.glob("*.yaml")))
-    return {p.name: tuple(sorted(f.stem for f in p.glob("*.yaml"))) for p in folders}
+    own = own_folder()
+    names = sorted(p.name for p in CONF.iterdir() if p.is_dir() and any(p.glob("*.yaml")))
+    folders = {name: [CONF / name, *([own / name] if own else [])] for name in names}
+    return {name: tuple(sorted({f.stem for p in places for f in p.glob("*.yaml")})) for name, places in folders.items()}
 
 
 @dataclass(frozen=True)
@@ -312,12 +336,15 @@ class Composer:
     _done: dict[tuple[str, ...], Config] = field(default_factory=dict)
 
     @cached_property
-    def _loader(self) -> _Loader:
+    def loader(self) -> _Loader:
         from hydra import version
 
         version.setbase("1.3")
         register()
-        return _Loader(config_search_path=create_config_search_path(str(self.conf)))
+        path = create_config_search_path(str(self.conf))
+        for place in search_path():
+            path.prepend(OWN, place, anchor="schema")  # which must be the last
+        return _Loader(config_search_path=path)
 
     def config(self, overrides: Sequence[str]) -> Config:
         """The config that conf/config.yaml and these overrides make."""
@@ -330,7 +357,7 @@ class Composer:
         for token in overrides:
             check_token(token)
         ours = [token for token in overrides if not split(token)[1].startswith("hydra.")]
-        return cast(Config, OmegaConf.to_object(self._loader.compose(ours)))
+        return cast(Config, OmegaConf.to_object(self.loader.compose(ours)))
 
 
 # ------------------------------------------------------------------------------------------- what went wrong

@@ -15,6 +15,10 @@ class Unanswered(LaunchError):
     """SLURM did not say whether it did what it was asked: what was made stays, and the same command looks first."""
 
 
+class Full(LaunchError):
+    """SLURM takes no further job for now: a limit on how many may be in its queue is reached."""
+
+
 def gate_fix(name: str) -> str:
     """What to do where the gate of an eval stage does not hold."""
     return f"another bound, as in {name}.gate.at_least=..., no gate ({name}.gate=null), or a new run_name to train anew"

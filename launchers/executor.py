@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +16,8 @@ from filelock import FileLock, Timeout
 from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths, UncompletedJobError
 
 from launchers import slurm
-from launchers.errors import LaunchError, Unanswered
+from launchers.errors import Full, LaunchError, Unanswered
+from launchers.render import Array
 from launchers.table import tail
 from post_training.run import ledger, manifest
 from post_training.run.directory import RunDirectory, write_atomic
@@ -156,7 +159,8 @@ def take(script: Path, folder: Path, name: str, conf: str | None) -> str:
     comment = f"{os.path.realpath(folder)}{slurm.TOKEN}{secrets.token_hex(4)}"
     answer = slurm.sbatch(str(script), comment, conf=conf)
     if isinstance(answer, slurm.Refused):
-        raise LaunchError(f"{name}: SLURM refused the job: {answer.why}")
+        problem = f"{name}: SLURM refused the job: {answer.why}"
+        raise Full(problem) if slurm.at_limit(answer) else LaunchError(problem)
     if isinstance(answer, str):
         try:
             return str(submitit.SlurmExecutor._get_job_id_from_submission_command(answer))
@@ -164,7 +168,7 @@ def take(script: Path, folder: Path, name: str, conf: str | None) -> str:
             answer = slurm.Unknown(f"sbatch printed no job id: {answer.strip()!r}")
     found = slurm.find_submitted(comment, conf=conf)
     if isinstance(found, slurm.JobRecord):
-        return found.job_id
+        return found.job_id.partition("_")[0]  # of an array: whichever element was seen
     shows = f"and squeue does not answer: {found.why}" if found else "and squeue does not show it"
     raise Unanswered(
         f"{name}: SLURM did not say whether it took the job ({answer.why}), {shows}", "the same command again"
@@ -191,7 +195,7 @@ class RunExecutor(submitit.SlurmExecutor):  # type: ignore[misc]
 
         The job's comment says its run directory, by which the job is found whoever submitted it.
         """
-        write_atomic(self.run.script, self._make_submission_file_text(command, ""))
+        write_atomic(self.run.script, self._make_submission_file_text(command, ""), durable=False)
         return RunJob(self.run.slurm, take(self.run.script, self.run.root, self.run.name, self.slurm_conf))
 
     def submit_run(self) -> RunJob:
@@ -201,7 +205,7 @@ class RunExecutor(submitit.SlurmExecutor):  # type: ignore[misc]
         """
         try:
             with FileLock(self.run.lock, timeout=LOCK_TIMEOUT_S):
-                write_atomic(self.run.failure_count, "0\n")  # as the ledger counts after `submitted`
+                write_atomic(self.run.failure_count, "0\n", durable=False)  # as the ledger counts after `submitted`
                 job = self._submit_command("")
                 ledger.append(self.run.ledger, "submitted", job_id=job.job_id, cluster=self.cluster)
                 return job
@@ -209,3 +213,37 @@ class RunExecutor(submitit.SlurmExecutor):  # type: ignore[misc]
             raise LaunchError(
                 f"{self.run.root} is being submitted by another command", "wait for it and look again"
             ) from error
+
+
+def submit_array(array: Array, script: str, cluster: str, slurm_conf: str | None) -> dict[int, str]:
+    """Submit several runs as one job array: write its folder, submit it, record the jobs. Ids by the elements' numbers.
+
+    Raises as submit_run; then the folder is gone, unless the jobs may be in the queue.
+    """
+    array.folder.mkdir(parents=True)
+    own = array.folder / "job.sh"
+    with contextlib.ExitStack() as stack:
+        try:
+            for run in array.runs.values():
+                stack.enter_context(FileLock(run.lock, timeout=LOCK_TIMEOUT_S))
+        except Timeout as error:
+            shutil.rmtree(array.folder, ignore_errors=True)
+            raise LaunchError(
+                f"{array.name}: a run of it is being submitted by another command", "wait for it and look again"
+            ) from error
+        write_atomic(own, script)
+        for number, run in array.runs.items():
+            (array.folder / str(number)).symlink_to(os.path.relpath(run.slurm, array.folder))
+            run.failure_count.write_text("0\n")  # as the ledger counts after `submitted`
+            run.script.unlink(missing_ok=True)
+            run.script.symlink_to(os.path.relpath(own, run.slurm))
+        try:
+            number_of_all = take(own, array.folder, array.name, slurm_conf)
+        except LaunchError as error:
+            if not isinstance(error, Unanswered):
+                shutil.rmtree(array.folder, ignore_errors=True)
+            raise
+        ids = {number: f"{number_of_all}_{number}" for number in array.runs}
+        for number, run in array.runs.items():
+            ledger.append(run.ledger, "submitted", job_id=ids[number], cluster=cluster)
+        return ids

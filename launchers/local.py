@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any
 
 from launchers.errors import gate_fix
 from launchers.table import read_history, tail
-from post_training.run import ledger, life, manifest
-from post_training.run.directory import RunDirectory
+from post_training.run import ledger, life, manifest, notify
+from post_training.run.directory import ATTEMPT_MARK, RunDirectory
 from post_training.run.history import History
 
 if TYPE_CHECKING:
@@ -155,6 +155,20 @@ def _orphan(run: RunDirectory) -> tuple[int, float] | None:
     return pid, started
 
 
+def shell_of(run: RunDirectory) -> int | None:
+    """The process of the batch shell that runs this run on this machine; None where there is none."""
+    import psutil
+
+    if not owned(run):
+        return None
+    try:
+        owner = json.loads(lock_path(run).read_text())
+        shell = psutil.Process(int(owner["pid"]))
+        return shell.pid if abs(shell.create_time() - float(owner["started"])) <= 5 else None
+    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+        return None
+
+
 def _next_number(runs: list[LocalRun]) -> int:
     """One more than the highest local job id in the pipelines of these runs."""
     highest = 0
@@ -196,7 +210,8 @@ def _ending_text(code: int, job: _Job) -> str:
         return f"killed at the wall time of {job.spec.wall_time} s"
     if code < 0:
         return f"the job script was killed by {signal.Signals(-code).name}"
-    last = next((line.strip() for line in reversed(tail(job.spec.run.stderr(job.job_id))) if line.strip()), "")
+    said = (line.strip() for line in reversed(tail(job.spec.run.stderr(job.job_id))))
+    last = next((line for line in said if line and not ATTEMPT_MARK.match(line)), "")
     return f"the job script ended with status {code}" + (f": {last[:300]}" if last else "")
 
 
@@ -528,6 +543,10 @@ class _Supervisor:
                 self.close(history, run, code, life.Ending("stopped", "exit", reason=STOPPED_BY_USER))
             self.screen.say(f"{job.name}: stopped; newest checkpoint: step {history.checkpoint_step}")
             self.stop_queued(job)
+        elif history.cancelled and history.cancel_wish is not None:
+            self.screen.say(f"{job.name}: {history.reason}")
+            job.root_cause = f"upstream {job.name} was cancelled by {history.cancel_wish}"
+            self.settle(job, "cancelled", str(history.reason))
         elif code == life.REQUEUE:
             self.screen.say(f"{job.name}: requeued ({history.reason or 'saved before its wall time'})")
             job.state = "queued"
@@ -538,6 +557,8 @@ class _Supervisor:
             why = _ending_text(code, job)
             self.close(history, run, code, life.Ending("crashed", "exit", reason=why, gave_up=True))
             self.fail(job, why)
+        if job.ended and self.stopping_since is None:
+            notify.tell(run)  # where the script itself could not
 
     @staticmethod
     def guard(run: RunDirectory, history: History) -> bool:
@@ -584,6 +605,7 @@ class _Supervisor:
                 cause = next((c for c in causes if c), None)
                 if job.state == "queued" and cause and not job.busy:
                     ledger.append(job.spec.run.ledger, "cancelled", reason=cause)
+                    notify.tell(job.spec.run)
                     job.root_cause = cause
                     self.screen.say(f"{job.name}: cancelled: {cause}")
                     self.settle(job, "cancelled", cause)
@@ -661,7 +683,7 @@ class _Supervisor:
         for job in self.jobs:
             if job.state == "gated":
                 print(f"\n{job.name}: {job.reason}\n  fix: {gate_fix(job.name)}", file=sys.stderr)
-        if failed or self.stopping_since is not None:
+        if failed or self.stopping_since is not None or any(job.state == "cancelled" for job in self.jobs):
             print(
                 f"\nTo go on from here, give the same command again:\n  {_same_command()}", file=sys.stderr, flush=True
             )

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +31,8 @@ from conf.schema import UNTRAINED, Config
 from launchers import benchmarks, graph, site, slurm
 from launchers.errors import LaunchError
 from launchers.hub import cache_of, in_cache
-from post_training.run import ledger, life, manifest
-from post_training.run.directory import RunDirectory
+from post_training.run import ledger, life, manifest, notify
+from post_training.run.directory import RunDirectory, is_there
 
 if TYPE_CHECKING:
     from launchers.submission import Plan
@@ -149,12 +149,31 @@ def _check_function(key: str, path: str) -> None:
         raise ConfigError(key, path, f"{file} defines no function {name}", nearest(name, functions))
 
 
-def check_memory(cfg: Config) -> None:
-    """Refuse what cannot fit into the GPUs, and rows that learned positions (gpt2) cannot hold.
+def check_places(cfg: Config) -> None:
+    """Refuse a virtual environment and an image that are not where the config says: jobs look there too."""
+    if cfg.slurm.venv is not None:
+        venv = Path(cfg.slurm.venv).expanduser()
+        if not (venv / "bin" / "activate").is_file():
+            fix = f"python3 -m venv {venv}; of one that is on the nodes alone: slurm.setup=['source .../activate']"
+            raise ConfigError("slurm.venv", cfg.slurm.venv, "holds no virtual environment", fix)
+    image = cfg.container.image
+    a_file = image is not None and (cfg.container.runtime != "pyxis" or image.startswith(("/", ".", "~")))
+    if image is not None and a_file and not is_there(Path(image).expanduser()):
+        fix = "container.image=<a file or folder that the nodes see too>"
+        raise ConfigError("container.image", image, "there is no such file", fix)
 
-    A local model's config.json is believed before the config's keys.
-    """
-    shape = memory.shape_of(cfg.model)
+
+def check_webhook(cfg: Config) -> None:
+    """Refuse a webhook whose address is in nobody's environment."""
+    if cfg.notify.webhook and not os.environ.get(notify.ADDRESS):
+        problem = f"{notify.ADDRESS} is not set in this shell, and jobs get its environment"
+        raise ConfigError(
+            "notify.webhook", "true", problem, f"export {notify.ADDRESS}=https://..., or notify.webhook=false"
+        )
+
+
+def shape_known(cfg: Config) -> memory.Shape | None:
+    """The model's shape; a local model's config.json is believed before the config's keys. None: not known."""
     for source in (cfg.inputs.model, cfg.model.name_or_path):
         about = Path(source).expanduser() / "config.json" if source is not None else None
         if about is not None and about.is_file():
@@ -162,8 +181,13 @@ def check_memory(cfg: Config) -> None:
                 found = json.loads(about.read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 found = {}
-            shape = memory.shape_from_json(found) if isinstance(found, dict) else None
-            break
+            return memory.shape_from_json(found) if isinstance(found, dict) else None
+    return memory.shape_of(cfg.model)
+
+
+def check_memory(cfg: Config) -> None:
+    """Refuse what cannot fit into the GPUs, and rows that learned positions (gpt2) cannot hold."""
+    shape = shape_known(cfg)
     learned = shape.positions if shape is not None and cfg.stage not in UNTRAINED else 0
     longer = beyond(cfg, learned) if learned else None
     if longer is not None:
@@ -371,16 +395,21 @@ def _megabytes(text: str) -> int:
 # ------------------------------------------------------------------------------- was the lead long enough
 
 
-def check_leads(plan: Plan) -> None:
-    """Warn on stderr where stages to submit get less time to save and leave than such a run was seen to need."""
-    waiting = {name: planned for name, planned in plan.stages.items() if planned.to_submit}
-    kinds = {_kind(planned.frozen) for planned in waiting.values()}
-    measured = measured_leads(plan.output_base, kinds)
-    for name, planned in waiting.items():
-        seen = measured.get(_kind(planned.frozen))
+def check_leads(plans: Sequence[Plan]) -> None:
+    """Warn on stderr where stages to submit get less time to save and leave than such a run was seen to need.
+
+    plans: of one pipeline, or of a sweep's points, which are not warned of one after the other.
+    """
+    waiting = [(name, planned) for plan in plans for name, planned in plan.stages.items() if planned.to_submit]
+    kinds = [_kind(planned.frozen) for _, planned in waiting]
+    measured = measured_leads(plans[0].output_base, set(kinds))
+    told = set()
+    for (name, planned), kind in zip(waiting, kinds, strict=True):
+        seen = measured.get(kind)
         given = planned.cfg.slurm.signal_time_seconds
-        if seen is None or seen[1]["needed"] <= given:
+        if seen is None or seen[1]["needed"] <= given or (name, kind, given) in told:
             continue
+        told.add((name, kind, given))
         root, lead = seen
         parts = (f"{word} {lead[key]:.0f} s" for key, word in LEAD_PARTS.items() if lead.get(key) is not None)
         fix = f"{name}.slurm.signal_time_seconds={life.enough(lead['needed'])}"

@@ -6,25 +6,69 @@ take no longer than squeue does. A source that does not answer makes a state unk
 
 from __future__ import annotations
 
+import datetime
 import difflib
+import functools
 import json
 import os
 import re
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from launchers import slurm, table
+from launchers import eta, frozen, points, site, slurm, table
 from launchers.errors import LaunchError
 from launchers.local import owned
-from launchers.states import is_local, row_state
+from launchers.states import expected, is_local, row_state
 from post_training.run import accounting, gate, ledger, manifest, results
-from post_training.run.directory import RunDirectory, is_there, load_yaml
+from post_training.run.directory import RunDirectory, is_there
 from post_training.run.history import History
 
 # ------------------------------------------------------------------------------------------ the rows
+
+T = TypeVar("T")
+
+
+class Files:
+    """What was read from files. `keep`: for looking again and again: reads again only what has changed since.
+
+    A file has changed where its time, size or inode has; of an output, that is its folder and its manifest.
+    """
+
+    def __init__(self, keep: bool = False) -> None:
+        self.keep = keep
+        self._kept: dict[tuple[str, str], tuple[object, Any]] = {}
+
+    def __call__(self, what: str, path: Path, read: Callable[[], T], *beside: Path) -> T:
+        """What `read` makes of a file. Raises what it raises."""
+        if not self.keep:
+            return read()
+        seen = tuple(_stamp(place) for place in (path, *beside))
+        key = (what, str(path))
+        known = self._kept.get(key)
+        if known is None or known[0] != seen:
+            known = self._kept[key] = (seen, read())
+        return known[1]  # type: ignore[no-any-return]
+
+    def once(self, what: str, path: Path, given: object, make: Callable[[], T]) -> T:
+        """What `make` makes of `given`, which is the same object where nothing has changed."""
+        if not self.keep:
+            return make()
+        key = (what, str(path))
+        known = self._kept.get(key)
+        if known is None or known[0] is not given:
+            known = self._kept[key] = (given, make())
+        return known[1]  # type: ignore[no-any-return]
+
+
+def _stamp(path: Path) -> object:
+    try:
+        found = path.stat()
+    except (OSError, ValueError) as error:
+        return type(error)
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 @dataclass
@@ -40,6 +84,7 @@ class Look:
     config_problem: str | None = None
     story: table.Story = field(default_factory=lambda: table.Story(History()))
     output_problem: str | None = "no manifest.json"
+    files: Files = field(default_factory=Files)
 
     @property
     def done(self) -> bool:
@@ -60,19 +105,21 @@ class Look:
 
     def read(self) -> Look:
         """Fill in what the run directory says. Damage is noted, never raised."""
-        try:
-            config = load_yaml(self.run.config.read_text(encoding="utf-8"))
-            if isinstance(config, dict):
-                self.config = config
-            else:
-                self.config_problem = "config.yaml is damaged: no mapping"
-        except FileNotFoundError:
-            pass  # a stage of the pipeline that is not submitted yet
-        except Exception as error:  # a YAML parser has many ways to say no
-            self.config_problem = f"config.yaml cannot be read: {str(error).splitlines()[0] if str(error) else error!r}"
-        self.story = table.read_history(self.run)
-        self.output_problem = _output_problem(self.run.model)
+        self.config, self.config_problem = self.files("config", self.run.config, lambda: _read_config(self.run.config))
+        self.story = self.files("story", self.run.ledger, lambda: table.read_history(self.run))
+        model = self.run.model
+        self.output_problem = self.files("output", model / manifest.NAME, lambda: _output_problem(model), model)
         return self
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], str | None]:
+    try:
+        config = frozen.load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}, None  # a stage of the pipeline that is not submitted yet
+    except Exception as error:  # a YAML parser has many ways to say no
+        return {}, f"config.yaml cannot be read: {str(error).splitlines()[0] if str(error) else error!r}"
+    return (config, None) if isinstance(config, dict) else ({}, "config.yaml is damaged: no mapping")
 
 
 def _output_problem(folder: Path) -> str | None:
@@ -130,11 +177,13 @@ def _nearest(path: Path) -> str:
     return f"one of: {shown}" if there else f"{parent} is empty; submit something first"
 
 
-def looks_of(folder: Path) -> list[Look]:
+def looks_of(folder: Path, files: Files | None = None) -> list[Look]:
     """The runs of a pipeline, in its graph's order; further runs in its folder come last."""
+    files = files or Files()
     looks: dict[str, Look] = {}
     try:
-        stages = json.loads((folder / "pipeline.json").read_text(encoding="utf-8"))["stages"]
+        path = folder / "pipeline.json"
+        stages = files("graph", path, lambda: json.loads(path.read_text(encoding="utf-8")))["stages"]
         for name, node in stages.items():
             run_dir = Path(node["run_dir"])
             if is_there(folder / name / "config.yaml") or not is_there(run_dir):
@@ -142,34 +191,52 @@ def looks_of(folder: Path) -> list[Look]:
             after = tuple(str(parent) for parent in node.get("after") or ())
             held = node.get("gate")
             looks[name] = Look(
-                folder.name, name, RunDirectory(run_dir), after, held if isinstance(held, dict) else None
+                folder.name, name, RunDirectory(run_dir), after, held if isinstance(held, dict) else None, files=files
             )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass  # without it the folders speak for themselves
-    known = {real(look.run.root) for look in looks.values()}
-    others = [Look(folder.name, path.name, RunDirectory(path)) for path in _runs_in(folder)]
+    plainly = {str(look.run.root) for look in looks.values()}
+    beside = [path for path in _runs_in(folder) if str(path) not in plainly]
+    others = [Look(folder.name, path.name, RunDirectory(path), files=files) for path in beside]
+    known = {real(look.run.root) for look in looks.values()} if others else set()
     others = [look.read() for look in others if real(look.run.root) not in known]
     others.sort(key=lambda look: (look.story.history.submitted or float("inf"), look.name))
     return [look.read() for look in looks.values()] + others
 
 
-def collect(output_base: Path, names: list[str]) -> list[dict[str, Any]]:
-    """One row a run: what the table and the JSON show. Asks SLURM once, for the runs that are not done."""
-    pipelines = [looks_of(folder) for folder in find_pipelines(output_base, names)]
-    jobs = ask_slurm([look for looks in pipelines for look in looks])
+def survey(
+    output_base: Path, names: list[str], sacct: bool = False, files: Files | None = None
+) -> list[tuple[Look, dict[str, Any]]]:
+    """Every run and its row. Asks SLURM once, for the runs that are not done.
+
+    sacct: ask accounting too, for the runs that SLURM has forgotten. files: for looking again and again.
+    """
+    pipelines = [looks_of(folder, files) for folder in find_pipelines(output_base, names)]
+    looks = [look for found in pipelines for look in found]
+    jobs = ask_slurm(looks)
+    ended = ask_accounting(looks, jobs) if sacct else {}
     now = time.time()
-    return [row for looks in pipelines for row in rows_of(looks, jobs, now)]
+    return list(zip(looks, [row for found in pipelines for row in rows_of(found, jobs, now, ended)], strict=True))
+
+
+def collect(
+    output_base: Path, names: list[str], sacct: bool = False, files: Files | None = None
+) -> list[dict[str, Any]]:
+    """One row a run: what the table and the JSON show. Arguments as of `survey`."""
+    return [row for _, row in survey(output_base, names, sacct, files)]
 
 
 _JOB_ID = re.compile(r"[0-9]{1,12}(_[0-9]{1,12})?")
 Jobs = dict[str | None, dict[str, slurm.JobRecord] | slurm.Unknown]
+EndedJobs = dict[str | None, dict[str, slurm.Ended] | slurm.Unknown]
 
 
 def ask_slurm(looks: list[Look]) -> Jobs:
     """squeue's answers by slurm.conf: one call, unless runs of several clusters are looked at.
 
     A run whose ledger names no job may have one: the command that submitted it died before it wrote that down, or is
-    about to. Then one more call looks for it by its folder, and its job id is taken from there.
+    about to. Then all jobs are asked for, which costs SLURM the same; it is found by its folder, and its job id taken
+    from there.
     """
     ids: dict[str | None, list[str]] = {}
     unnamed: dict[str | None, list[Look]] = {}
@@ -181,20 +248,29 @@ def ask_slurm(looks: list[Look]) -> Jobs:
             ids.setdefault(_conf(look), []).append(history.job_id)
         elif history.job_id is None and look.section("cluster").get("scheduler") == "slurm":
             unnamed.setdefault(_conf(look), []).append(look)
-    answers: Jobs = {conf: slurm.jobs(wanted, conf=conf) for conf, wanted in ids.items()}
-    for conf, lookers in unnamed.items():
-        from launchers.submission import live_jobs  # rarely needed, and brings Hydra
-
-        answer = answers.setdefault(conf, {})
-        live = live_jobs({look.run.root: look.story.history for look in lookers}, conf)
-        for look in lookers:
-            job = live.get(look.run.root)
-            if isinstance(job, slurm.Unknown):
-                answers[conf] = job
-            elif job is not None and not isinstance(answer, slurm.Unknown):
-                look.story.history.job_id = job.job_id
-                answer[job.job_id] = job
+    answers: Jobs = {}
+    for conf in {**ids, **unnamed}:
+        answer = slurm.jobs(everyone=True, conf=conf) if conf in unnamed else slurm.jobs(ids[conf], conf=conf)
+        answers[conf] = answer
+        if not isinstance(answer, slurm.Unknown):
+            by_folder = {real(job.folder): job for job in answer.values() if job.live and job.folder}
+            for look in unnamed.get(conf, ()):
+                if (job := by_folder.get(real(look.run.root))) is not None:
+                    # not in the story itself, which may be kept: the ledger does not say so
+                    look.story = replace(look.story, history=replace(look.story.history, job_id=job.job_id))
     return answers
+
+
+def ask_accounting(looks: list[Look], jobs: Jobs) -> EndedJobs:
+    """sacct's answers by slurm.conf, for the runs that are not done and whose jobs squeue does not show."""
+    ids: dict[str | None, list[str]] = {}
+    for look in looks:
+        job_id, answer = look.story.history.job_id, jobs.get(_conf(look))
+        if look.done or not job_id or not _JOB_ID.fullmatch(job_id) or is_local(look.story.history):
+            continue
+        if isinstance(answer, slurm.Unknown) or job_id not in (answer or {}):
+            ids.setdefault(_conf(look), []).append(job_id)
+    return {conf: slurm.accounting(wanted, conf=conf) for conf, wanted in ids.items()}
 
 
 def _conf(look: Look) -> str | None:
@@ -202,13 +278,16 @@ def _conf(look: Look) -> str | None:
     return conf if isinstance(conf, str) and conf else None
 
 
-def rows_of(looks: list[Look], jobs: Jobs, now: float) -> list[dict[str, Any]]:
+def rows_of(looks: list[Look], jobs: Jobs, now: float, ended: EndedJobs | None = None) -> list[dict[str, Any]]:
     """The rows of one pipeline."""
-    by_folder = {real(look.run.root): look.name for look in looks}
+    nameless = any(look.after is None for look in looks)
+    by_folder = {real(look.run.root): look.name for look in looks} if nameless else {}
     undone = {look.name for look in looks if not look.done}
     scores = _scores(looks)
     gates, held = _gates(looks)
     rows = []
+    own: dict[str, eta.Estimate | None] = {}
+    graph: dict[str, tuple[str, ...]] = {}
     for look in looks:
         history = look.story.history
         after = look.after
@@ -222,6 +301,7 @@ def rows_of(looks: list[Look], jobs: Jobs, now: float) -> list[dict[str, Any]]:
         local = is_local(history)
         if local or not look.config:
             job = None
+        record = job if isinstance(job, slurm.JobRecord) else None
         state, reason = row_state(
             history, look.output_problem, job, local and not look.done and owned(look.run), waits_for
         )
@@ -235,16 +315,117 @@ def rows_of(looks: list[Look], jobs: Jobs, now: float) -> list[dict[str, Any]]:
             state, reason = "unknown", look.story.problem
         elif look.story.problem:
             reason = f"{reason} ({look.story.problem})" if reason else look.story.problem
-        rows.append(_row(look, state, reason, job if isinstance(job, slurm.JobRecord) else None, scores, now))
+        start = start_of(record)
+        if start is not None:
+            reason = f"{reason}; {expected(start, now)}" if reason else expected(start, now)
+        kept = (ended or {}).get(_conf(look))
+        past: slurm.Ended | None = None
+        if isinstance(kept, slurm.Unknown) and state not in ("done", "gated") and record is None and history.job_id:
+            reason = f"{reason or state} ({kept.why})"
+        elif kept is not None and not isinstance(kept, slurm.Unknown):
+            past = kept.get(history.job_id or "")
+            if past is not None:
+                said = f"accounting says {past.state}, status {past.exit_code}, at {past.end.replace('T', ' ')}"
+                reason = f"{reason}; {said}" if reason else said
+        row, rest = _row(look, state, reason, record, scores, now)
+        row["expected_start"] = start
+        row["accounting"] = asdict(past) if past is not None else None
+        rows.append(row)
+        graph[look.name] = waits_for
+        if state not in ("done", "gated"):
+            own[look.name] = rest
+    over = {row["stage"] for row in rows if row["state"] in OVER}
+    times = eta.finishes(own, graph, over)
+    for row in rows:
+        found = times.get(row["stage"])
+        row["eta_seconds"] = None if found is None else round(found.seconds, 1)
+        row["eta_at_least"] = found is not None and found.at_least
+        row["requeues_needed"] = None if found is None else found.requeues
     return rows
+
+
+OVER = ("failed", "cancelled", "gated")
+"""States of runs that do not become done by themselves."""
+
+
+def start_of(job: slurm.JobRecord | None) -> float | None:
+    """When SLURM expects to start a pending job, in seconds since the epoch; None where it does not say, or where the
+    job is held: then squeue goes on showing the time of the past requeue's end."""
+    if job is None or job.state != "PENDING" or "held" in job.reason.lower():
+        return None
+    try:
+        return datetime.datetime.fromisoformat(job.start_time).timestamp()  # squeue tells local time
+    except (ValueError, OverflowError, OSError):
+        return None
+
+
+@functools.lru_cache(64)
+def _site(output_base: Path, cluster: str, _stamp: object) -> site.Site:
+    return site.read(output_base, cluster)
+
+
+def _hold(look: Look) -> float:
+    """Seconds that its cluster holds a requeued job back."""
+    cluster = look.section("cluster").get("name")
+    if not isinstance(cluster, str):
+        return site.REQUEUE_HOLD_S
+    base = look.run.root.parent.parent
+    return _site(base, cluster, _stamp(site.place(base, cluster))).requeue_hold
+
+
+def own_time(
+    look: Look, state: str, job: slurm.JobRecord | None, metrics: table.Metrics, progress: Mapping[str, Any] | None,
+    max_steps: int | None, wall: float | None, spent: accounting.Account, now: float,
+) -> eta.Estimate | None:  # fmt: skip
+    """How long a run still takes by itself; None where it cannot be estimated, as before its first steps."""
+    rate, history = metrics.seconds_per_step, look.story.history
+    if rate is None or max_steps is None or state in (*OVER, "unknown"):
+        return None
+    runs = state in ("running", "stopping") and history.running
+    step: float = history.checkpoint_step  # where the next attempt goes on
+    if runs and progress is not None and progress.get("attempt") == history.attempts:
+        done = table.number(progress.get("step"))
+        step = step if done is None else done
+    elif runs and history.training and metrics.step is not None:
+        step = metrics.step
+    attempts = max(1, history.attempts)
+    worked = spent.seconds["steps"] + spent.seconds["redone"]
+    beside = (spent.seconds["saving"] + spent.seconds["evaluation"]) / worked if worked > 0 else 0.0
+    lead = table.number(look.section("slurm").get("signal_time_seconds")) or 0.0
+    elapsed = None
+    if runs:
+        elapsed = (
+            float(job.elapsed)
+            if job is not None and job.elapsed is not None
+            else now - (history.attempt_started or now)
+        )
+    mine = eta.stage(
+        max(0.0, max_steps - step) * rate * (1 + beside), wall=wall, lead=lead, hold=_hold(look),
+        startup=spent.seconds["startup"] / attempts, teardown=spent.seconds["teardown"] / attempts,
+        elapsed=elapsed, training=runs and history.training,
+    )  # fmt: skip
+    if mine is None or runs:
+        return mine
+    start = start_of(job)
+    if start is not None:
+        return replace(mine, seconds=mine.seconds + max(0.0, start - now))
+    if state == "requeued" and job is not None and job.reason == "BeginTime" and history.attempt_ended is not None:
+        return replace(mine, seconds=mine.seconds + max(0.0, _hold(look) - (now - history.attempt_ended)))
+    # a run that waits for nothing but its upstream starts with it; how long a queue is, only SLURM can say
+    return mine if state == "waiting" or is_local(history) else replace(mine, at_least=True)
 
 
 def _row(
     look: Look, state: str, reason: str | None, job: slurm.JobRecord | None,
     scores: dict[str, tuple[float | None, str | None]], now: float,
-) -> dict[str, Any]:  # fmt: skip
-    history, metrics = look.story.history, table.read_metrics(look.run.metrics)
-    time = account(look, state, now)
+) -> tuple[dict[str, Any], eta.Estimate | None]:  # fmt: skip
+    history = look.story.history
+    metrics = metrics_of(look)
+    progress = table.read_progress(look.run) if history.running else None
+    if state in ("done", "gated"):  # what is over does not change with the clock
+        time = look.files.once("account", look.run.root, look.story, lambda: account(look, state, now))
+    else:
+        time = account(look, state, now)
     elapsed: float | None = None
     if job is not None and job.state != "PENDING" and job.live:
         elapsed = job.elapsed
@@ -256,7 +437,13 @@ def _row(
     max_steps = metrics.max_steps
     if max_steps is None and (given := table.number(look.section("training").get("max_steps"))) is not None:
         max_steps = int(given)
-    return {
+    limit = job.limit if job is not None else wall_seconds(look.section("slurm").get("wall_time"))
+    if is_local(history):
+        limit = None
+    count = job.nodes if job is not None and job.nodes else (int(nodes) if nodes is not None else None)
+    gpus = table.number(look.section("slurm").get("gpus_per_node"))
+    held = state in ("running", "stopping") and not is_local(history) and count is not None and gpus is not None
+    row = {
         "pipeline": look.pipeline,
         "stage": look.name,
         "technique": look.config["stage"] if isinstance(look.config.get("stage"), str) else None,
@@ -265,10 +452,11 @@ def _row(
         "cluster": history.cluster,
         "state": state,
         "reason": reason,
-        "nodes": job.nodes if job is not None and job.nodes else (int(nodes) if nodes is not None else None),
+        "nodes": count,
         "node_list": job.node_list or None if job is not None else None,
+        "gpus_held": int(count * gpus) if held else 0,  # type: ignore[operator]
         "elapsed_seconds": elapsed,
-        "limit_seconds": job.limit if job is not None else wall_seconds(look.section("slurm").get("wall_time")),
+        "limit_seconds": limit,
         "step": metrics.step,
         "max_steps": max_steps,
         "checkpoint_step": history.checkpoint_step,
@@ -279,15 +467,30 @@ def _row(
         "attempts": history.attempts,
         "failures": history.failures,
         "outcome": history.outcome,
+        "changed": _changed(look, metrics, progress, now),
         **_times(time),
         "score": score,
         "metric": metric,
     }
+    return row, own_time(look, state, job, metrics, progress, max_steps, limit, time, now)
+
+
+def metrics_of(look: Look) -> table.Metrics:
+    """The run's newest figures."""
+    path, size = look.run.metrics, table.TREND_BYTES if look.files.keep else table.TAIL_BYTES
+    return look.files("metrics", path, lambda: table.read_metrics(path, size))
+
+
+def _changed(look: Look, metrics: table.Metrics, progress: Mapping[str, Any] | None, now: float) -> float | None:
+    """When the run last gave a sign of life, in seconds since the epoch. A clock that was ahead counts as now."""
+    events = look.story.events
+    signs = [metrics.time, table.number((progress or {}).get("time")), events[-1]["time"] if events else None]
+    return min(now, max((sign for sign in signs if sign is not None), default=-1.0)) if any(signs) else None
 
 
 def account(look: Look, state: str, now: float) -> accounting.Account:
     """Where the run's time went, as far as it is known: an unknown state is told up to its last sign of life."""
-    return accounting.account(*_told(look, state, now))
+    return accounting.account(*_told(look, state, now), sound=True)
 
 
 def spans(look: Look, state: str, now: float) -> list[accounting.Span]:
@@ -316,22 +519,43 @@ def _times(time: accounting.Account) -> dict[str, Any]:
 
 
 def pipelines_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Goodput, time by name and lost time by cause of each pipeline: its rows added up, an hour of each run alike."""
-    names = dict.fromkeys(row["pipeline"] for row in rows)
+    """Goodput, time by name and lost time by cause of each pipeline: its rows added up, an hour of each run alike.
+
+    And when it will be done (eta_seconds; eta_at_least: not before then), with how many requeues.
+    """
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_name.setdefault(row["pipeline"], []).append(row)
     found = []
-    for name in names:
+    for name, own in by_name.items():
         runs = [
             accounting.Account(seconds=row["seconds"], lost_by_cause=row["lost_by_cause"], held=row["held_seconds"])
-            for row in rows
-            if row["pipeline"] == name
+            for row in own
         ]
-        found.append({"pipeline": name, **_times(accounting.together(runs))})
+        rest = [_estimate(row) for row in own if row["state"] != "done"]
+        whole = eta.whole(rest, dead=any(row["state"] in OVER for row in own))
+        found.append(
+            {
+                "pipeline": name,
+                "eta_seconds": None if whole is None else whole.seconds,
+                "eta_at_least": whole is not None and whole.at_least,
+                "requeues_needed": None if whole is None else whole.requeues,
+                **_times(accounting.together(runs)),
+            }
+        )
     return found
+
+
+def _estimate(row: Mapping[str, Any]) -> eta.Estimate | None:
+    if row.get("eta_seconds") is None:
+        return None
+    return eta.Estimate(row["eta_seconds"], row["requeues_needed"], row["eta_at_least"])
 
 
 def _scores(looks: list[Look]) -> dict[str, tuple[float | None, str | None]]:
     """Score and metric by stage: an eval's own, and that of the eval which judged a stage's output."""
     found: dict[str, tuple[float | None, str | None]] = {}
+    places: dict[str, str] = {}
     for look in looks:
         if look.config.get("stage") != "eval" or look.output_problem is not None:
             continue
@@ -342,8 +566,10 @@ def _scores(looks: list[Look]) -> dict[str, tuple[float | None, str | None]]:
         score = (found_there.score.value if found_there.score else None, found_there.headline)
         found[look.name] = score
         judged = look.inputs().get("model")
+        if not places:
+            places.update((other.name, real(other.run.root)) for other in looks)
         for other in looks:
-            if judged == real(other.run.root) and other is not look:
+            if judged == places[other.name] and other is not look:
                 found[other.name] = score
     return found
 
@@ -385,18 +611,20 @@ def wall_seconds(value: Any) -> int | None:
 
 def which(settings: list[str], command: str) -> tuple[Path, list[str]]:
     """Output base and pipelines' names from `key=value` settings. Raises LaunchError for another key."""
-    output_base, names = Path("outputs"), []
+    output_base, names, sweeps = Path("outputs"), [], []
     for setting in settings:
         name, equals, value = setting.partition("=")
         if name == "run_name" and value:
             names.append(value)
+        elif name == "sweep" and value:
+            sweeps.append(value)
         elif name == "paths.output_base" and value:
             output_base = Path(value)
         else:
             problem = "no value" if equals and not value else f"not a setting of {command}"
-            raise LaunchError(f"{setting}: {problem}", "run_name=NAME or paths.output_base=FOLDER")
+            raise LaunchError(f"{setting}: {problem}", "run_name=NAME, sweep=NAME or paths.output_base=FOLDER")
     split = [part for name in names for part in ([name] if (output_base / name).exists() else name.split(",")) if part]
-    return output_base, split
+    return output_base, [*split, *(point for name in sweeps for point in points.read(output_base, name))]
 
 
 def choose(words: list[str], command: str, newest: bool = False) -> list[Look]:
@@ -405,25 +633,57 @@ def choose(words: list[str], command: str, newest: bool = False) -> list[Look]:
     Without a stage, all runs of the pipelines. Without a pipeline, the one that has these stages; `newest`: where
     several have them, the one that was touched last. Raises LaunchError where nothing, or not one pipeline, is meant.
     """
-    stages = [word for word in words if "=" not in word]
-    output_base, names = which([word for word in words if "=" in word], command)
-    for name, _, stage in [word.partition("/") for word in stages if "/" in word]:
-        names, stages = [*names, name], [*stages, stage]
-    stages = list(dict.fromkeys(word for word in stages if "/" not in word and word))
-    folders = find_pipelines(output_base, names)
-    looks = {folder: looks_of(folder) for folder in folders}
-    having = [folder for folder in folders if {look.name for look in looks[folder]} >= set(stages)]
+    given = [word for word in dict.fromkeys(words) if word]
+    settings = [w for w in given if w.startswith(("run_name=", "paths.output_base=")) or ("=" in w and "/" not in w)]
+    pairs = [tuple(w.rsplit("/", 1)) for w in given if "/" in w and w not in settings]  # a point's name may hold a '='
+    stages = [w for w in given if "/" not in w and w not in settings]
+    output_base, names = which(settings, command)
+    if pairs and stages and not names:
+        names = list(dict.fromkeys(name for name, _ in pairs))
+        if len(names) > 1:
+            raise LaunchError(f"{', '.join(stages)}: of which pipeline?", f"{names[0]}/{stages[0]}")
+    found: dict[Path, list[Look]] = {}
+    wanted: dict[Path, set[str]] = {}  # no stage: all of them
+    for name, stage in pairs:
+        (folder,) = find_pipelines(output_base, [name])
+        found.setdefault(folder, looks_of(folder))
+        _check_stages([stage], found[folder], f"run_name={name}")
+        wanted.setdefault(folder, set()).add(stage)
+    if names or not pairs:
+        folders = find_pipelines(output_base, names)
+        found |= {folder: looks_of(folder) for folder in folders if folder not in found}
+        if names:
+            for folder in folders:
+                _check_stages(stages, found[folder], f"run_name={folder.name}")
+        else:
+            folders = _having(stages, {folder: found[folder] for folder in folders}, output_base, newest)
+        for folder in folders:
+            wanted[folder] = wanted.get(folder, set()) | set(stages) if stages else set()
+    chosen = [look for folder, some in wanted.items() for look in found[folder] if not some or look.name in some]
+    if not chosen:
+        raise LaunchError(f"no runs in {', '.join(str(folder) for folder in wanted)}")
+    return chosen
+
+
+def _having(stages: list[str], found: Mapping[Path, list[Look]], output_base: Path, newest: bool) -> list[Path]:
+    """The one pipeline that has all of these stages. Raises LaunchError where there is none, or more than one."""
+    having = [folder for folder, looks in found.items() if {look.name for look in looks} >= set(stages)]
     if not having:
-        there = list(dict.fromkeys(look.name for found in looks.values() for look in found))
-        missing = next((stage for stage in stages if stage not in there), ", ".join(stages))
+        if not found:
+            raise LaunchError(f"no runs in {output_base}")
+        _check_stages(stages, [look for looks in found.values() for look in looks], str(output_base))
+        raise LaunchError(f"{', '.join(stages)}: no pipeline of {output_base} has all of these")
+    if len(having) > 1 and not newest:
+        several = ", ".join(f"run_name={folder.name}" for folder in having)
+        what = f"{' and '.join(stages)}: in several pipelines" if stages else "several pipelines"
+        raise LaunchError(f"{what} of {output_base}", f"say which one: {several}")
+    return having[-1:]
+
+
+def _check_stages(stages: list[str], looks: list[Look], where: str) -> None:
+    there = list(dict.fromkeys(look.name for look in looks))
+    missing = next((stage for stage in stages if stage not in there), None)
+    if missing is not None:
         close = difflib.get_close_matches(missing, there, n=1)
-        where = f"run_name={','.join(names)}" if names else str(output_base)
         fix = f"did you mean '{close[0]}'?" if close else f"one of: {', '.join(there)}" if there else None
-        raise LaunchError(f"{missing}: no such stage in {where}" if stages else f"no runs in {output_base}", fix)
-    if not names and len(having) > 1:
-        if not newest:
-            several = ", ".join(f"run_name={folder.name}" for folder in having)
-            what = f"{' and '.join(stages)}: in several pipelines" if stages else "several pipelines"
-            raise LaunchError(f"{what} of {output_base}", f"say which one: {several}")
-        having = having[-1:]
-    return [look for folder in having for look in looks[folder] if not stages or look.name in stages]
+        raise LaunchError(f"{missing}: no such stage in {where}", fix)

@@ -11,7 +11,8 @@ from conf.check import ConfigError, check_run, nearest
 from conf.schema import Config, Node
 from launchers import graph, slurm
 from launchers.compose import Composer, Layers, groups, split, stage_overrides
-from launchers.preflight import check_memory, check_paths, naming
+from launchers.preflight import check_memory, check_paths, check_places, check_webhook, naming
+from post_training.run import results
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def _automatic(wanted: str, conf: str | None) -> tuple[str, str]:
     return wanted, f"SLURM answers; taking cluster={wanted}"
 
 
-_composer = cache(Composer)
+composer = cache(Composer)
+"""The one that all points of a command share: it keeps what it composed."""
 
 
 def select(tokens: Sequence[str], only_one: bool) -> Selection:
@@ -69,8 +71,8 @@ def select(tokens: Sequence[str], only_one: bool) -> Selection:
 
     Raises ConfigError. Reads files; asks SLURM under cluster=auto only.
     """
-    composer, layers = _composer(), Layers.of(tokens)
-    root = _root(composer, tokens)
+    made, layers = composer(), Layers.of(tokens)
+    root = _root(made, tokens)
     written: dict[str, Node] = dict(root.pipeline.stages)
     if not written:
         raise ConfigError(
@@ -86,10 +88,10 @@ def select(tokens: Sequence[str], only_one: bool) -> Selection:
         wanted = graph.order(stages)
         _refuse_for_all(layers)
     _check_names(layers, written, stages)
-    choice, cluster = layers.choices.get("pipeline", "full"), resolve_cluster(composer, layers, root)
+    choice, cluster = layers.choices.get("pipeline", "full"), resolve_cluster(made, layers, root)
 
     def config(name: str) -> Config:
-        return composer.config(stage_overrides(layers, choice, cluster, name, stages[name], stages))
+        return made.config(stage_overrides(layers, choice, cluster, name, stages[name], stages))
 
     explicit = set()
     for name in wanted:
@@ -100,6 +102,8 @@ def select(tokens: Sequence[str], only_one: bool) -> Selection:
         with naming(name):
             check_run(cfg)
             check_paths(cfg)
+            check_places(cfg)
+            check_webhook(cfg)
             check_memory(cfg)
         _check_gate(stages, name, config)
     return Selection(
@@ -151,6 +155,26 @@ def _check_gate(stages: Mapping[str, Node], name: str, config: Callable[[str], C
             f"is on other data: data.{other}={getattr(theirs, other)}, here {getattr(ours, other)}",
             f"the same data for both, {name}.gate.parent=<an eval on the same data>, or {name}.gate.at_least=...",
         )  # fmt: skip
+
+
+def check_metric(selection: Selection, value: str | None) -> tuple[str, str]:
+    """Eval stage and figure of `sweep.metric`. Raises ConfigError for what no evaluation of the pipeline will find."""
+    evals = [name for name in selection.wanted if selection.stages[name].stage == "eval"]
+    known = [f"{name}/accuracy" for name in evals]
+    stage, _, figure = (value or "").partition("/")
+    if stage not in evals or not figure:
+        if value is None:
+            raise ConfigError("sweep.metric", None, "a sampler needs to know what to make better",
+                              f"sweep.metric={known[-1]}" if known else "a pipeline with an eval stage")  # fmt: skip
+        raise ConfigError("sweep.metric", value, "is no <eval stage>/<figure> of this pipeline", nearest(value, known))
+    if not results.metric(figure).better:
+        problem = "of this figure neither more nor less is better"
+        raise ConfigError("sweep.metric", value, problem, f"sweep.metric={stage}/accuracy")
+    lacks = _lacks(figure, selection.config(stage))
+    if lacks is not None:
+        key, now, fix = lacks
+        raise ConfigError(f"{stage}.{key}", now, f"without it {stage} finds no {figure}", f"{stage}.{key}={fix}")
+    return stage, figure
 
 
 def _lacks(metric: str | None, cfg: Config) -> tuple[str, object, str] | None:

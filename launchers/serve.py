@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conf.check import ConfigError, check_serve, nearest
+from conf.check import ConfigError, check_serve, nearest, runs_here
 from conf.schema import UNTRAINED, Config
 from launchers import cli, slurm
 from launchers.errors import LaunchError, Unanswered
@@ -202,7 +202,7 @@ def choose_engine(cfg: Config, gpus: int) -> str:
     """vllm or transformers. Where the job's Python is another one, it is taken to have what it needs."""
     if cfg.serve.engine != "auto":
         return cfg.serve.engine
-    there = cfg.cluster.python is not None or importlib.util.find_spec("vllm") is not None
+    there = not runs_here(cfg) or importlib.util.find_spec("vllm") is not None
     return "vllm" if gpus and there else "transformers"
 
 
@@ -211,14 +211,14 @@ def missing(cfg: Config, engine: str, page: bool) -> None:
     needed = ["gradio", "openai"] if page else []
     needed += ["fastapi", "uvicorn", "openai"] if engine == "transformers" else []
     absent = [name for name in dict.fromkeys(needed) if importlib.util.find_spec(name) is None]
-    if absent and cfg.cluster.python is None:
+    if absent and runs_here(cfg):
         raise LaunchError(f"not installed: {', '.join(absent)}", "pip install '.[serve]' in the project's folder")
 
 
 def select(tokens: Sequence[str], page: bool) -> Order:
     """What a command means. Raises ConfigError, LaunchError. Reads files; asks SLURM under cluster=auto only."""
     from launchers.compose import Composer, Layers, split
-    from launchers.preflight import check_paths
+    from launchers.preflight import check_paths, check_places
     from launchers.selection import resolve_cluster
 
     layers, composer = Layers.of(tokens), Composer()
@@ -230,6 +230,10 @@ def select(tokens: Sequence[str], page: bool) -> Order:
     cfg = composer.config([*mine, f"cluster={resolve_cluster(composer, layers, root)}"])
     check_serve(cfg)
     check_paths(cfg)
+    check_places(cfg)
+    if cfg.container.image is not None:
+        fix = "container.image=null, and cluster.python, slurm.venv or slurm.conda for a Python of the node"
+        raise ConfigError("container.image", cfg.container.image, "servers run outside of containers", fix)
     output_base = Path(cfg.paths.output_base).expanduser().absolute()
     if cfg.inputs.model is not None:
         if layers.selected is not None:
@@ -285,7 +289,7 @@ def check_slurm(order: Order) -> None:
 
 def script(order: Order, folder: Path) -> str:
     """The text of a server's job.sh. Pure."""
-    from launchers.render import environment
+    from launchers.render import environment, python_of, whole
 
     cfg, asks, served = order.cfg, order.cfg.slurm, order.served
     sbatch: dict[str, Any] = {}
@@ -303,8 +307,9 @@ def script(order: Order, folder: Path) -> str:
         sbatch = {name: value for name, value in given.items() if value is not None} | {"no-requeue": None}
     return environment().get_template("serve.sh.j2").render(
         title=f"serve/{served.name}", sbatch=sbatch, folder=str(folder), source=str(SOURCE),
-        python=cfg.cluster.python or sys.executable, model=served.model, name=served.name, local_model=served.local,
+        python=python_of(cfg), model=served.model, name=served.name, local_model=served.local,
         chat=served.chat, modules=list(asks.modules), env=dict(asks.env), setup=list(asks.setup),
+        venv=None if asks.venv is None else whole(asks.venv), conda=asks.conda,
         offline=cfg.offline or served.local, cpus=asks.cpus_per_gpu, gpus=order.gpus, port=cfg.serve.port,
         page_port=cfg.serve.page_port if order.page else None, engine=order.engine, dtype=cfg.serve.dtype,
         arguments=list(cfg.serve.arguments),

@@ -32,6 +32,8 @@ LOOK_S = 30.0
 SUBMIT_TIMEOUT_S = 120.0
 """How long sbatch may take: a busy controller answers late, and an answer that we did not wait for is looked up."""
 CHUNK = 500
+LONGEST_LIST = 100_000
+"""Characters of job ids that one squeue is asked for: Linux takes 131,072 in one argument."""
 _FIELDS = "%i|%T|%r|%M|%l|%D|%N|%P|%V|%S|%E|%k"  # the comment comes last: it is the one that may hold a '|'
 
 
@@ -64,13 +66,18 @@ class JobRecord:
     submit_time: str  # ISO, or N/A
     start_time: str  # ISO, when it started or is expected to; or N/A
     dependency: str
-    comment: str  # for jobs of ours: the run directory, and a token of the submission
+    comment: str  # for jobs of ours: the run directory, or the array's folder, and a token of the submission
 
     @property
     def folder(self) -> str:
-        """The run directory that its comment names; "" where it names none."""
-        folder = self.comment.partition(TOKEN)[0]
-        return folder if folder.startswith("/") else ""
+        """The run directory that its comment names; "" where it names none.
+
+        An array's folder has a link to each run's slurm/: of an element the path goes through it, for realpath.
+        """
+        folder, element = self.comment.partition(TOKEN)[0], self.job_id.partition("_")[2]
+        if not folder.startswith("/"):
+            return ""
+        return f"{folder}/{element}/.." if element else folder
 
     @property
     def live(self) -> bool:
@@ -162,26 +169,58 @@ def parse_jobs(text: str) -> dict[str, JobRecord]:
 
 
 def jobs(
-    ids: Sequence[str] | None = None, *, user: str | None = None, conf: str | None = None, timeout: float = TIMEOUT_S
-) -> dict[str, JobRecord] | Unknown:
-    """What squeue knows of these jobs, or of all of some users' (by commas; by default: yours). One call up to 500 ids.
+    ids: Sequence[str] | None = None, *, user: str | None = None, everyone: bool = False, conf: str | None = None,
+    timeout: float = TIMEOUT_S,
+) -> dict[str, JobRecord] | Unknown:  # fmt: skip
+    """What squeue knows of these jobs, of all of some users' (by commas; by default: yours), or of all jobs. One call.
 
-    A job that is not in the answer is one that SLURM has forgotten, or never knew.
+    Each element of an array (`123_4`) is a job of its own. A job that is not in the answer is one that SLURM has
+    forgotten, or never knew.
     """
-    base = ("squeue", "--noheader", "--states=all", f"--format={_FIELDS}")
+    argv = ["squeue", "--noheader", "--array", "--states=all", f"--format={_FIELDS}"]
     if ids is None:
-        answer = _ask(*base, f"--user={user or getpass.getuser()}", conf=conf, timeout=timeout)
+        argv += [] if everyone else [f"--user={user or getpass.getuser()}"]
+        answer = _ask(*argv, conf=conf, timeout=timeout)
         return answer if isinstance(answer, Unknown) else parse_jobs(answer)
-    found: dict[str, JobRecord] = {}
-    wanted = sorted(set(ids))
-    for start in range(0, len(wanted), CHUNK):
-        answer = _ask(*base, f"--jobs={','.join(wanted[start : start + CHUNK])}", conf=conf, timeout=timeout)
-        if isinstance(answer, Unknown):
-            if "Invalid job id" in answer.why:  # all of them forgotten
-                continue
-            return answer
-        found |= parse_jobs(answer)
+    wanted = set(ids)
+    if not wanted:
+        return {}
+    listed = ",".join(sorted({job_id.partition("_")[0] for job_id in wanted}))
+    answer = _ask(*argv, *([f"--jobs={listed}"] if len(listed) <= LONGEST_LIST else []), conf=conf, timeout=timeout)
+    if isinstance(answer, Unknown):
+        return {} if "Invalid job id" in answer.why else answer  # all of them forgotten
+    return {job_id: job for job_id, job in parse_jobs(answer).items() if job_id in wanted}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """One job as accounting keeps it."""
+
+    job_id: str
+    state: str  # COMPLETED, TIMEOUT, "CANCELLED by 1000", ...
+    exit_code: str  # status:signal
+    end: str  # ISO, or Unknown
+    node_list: str
+
+
+def parse_ended(text: str) -> dict[str, Ended]:
+    """sacct's lines in our format; of a job that was requeued, the newest. Pure."""
+    found = {}
+    for line in text.splitlines():
+        parts = line.split("|")
+        if len(parts) == 5:
+            found[parts[0]] = Ended(*parts)
     return found
+
+
+def accounting(ids: Sequence[str], conf: str | None = None, timeout: float = TIMEOUT_S) -> dict[str, Ended] | Unknown:
+    """What accounting keeps of these jobs. One call."""
+    if not ids:
+        return {}
+    fields = "--format=JobID,State,ExitCode,End,NodeList"
+    argv = ("sacct", "--noheader", "--parsable2", "--allocations", fields)
+    answer = _ask(*argv, f"--jobs={','.join(sorted(set(ids)))}", conf=conf, timeout=timeout)
+    return answer if isinstance(answer, Unknown) else parse_ended(answer)
 
 
 # What sbatch says where its request or the answer was lost on the way: the controller may have taken the job.
@@ -215,6 +254,45 @@ def sbatch(script: str, comment: str, conf: str | None = None, timeout: float | 
     return Unknown(said) if done.returncode < 0 or _LOST.search(said) else Refused(said)
 
 
+def parse_test(text: str) -> float | None:
+    """When `sbatch --test-only` expects a job to start, seconds since the epoch; None where it does not say. Pure."""
+    match = re.search(r"Job \S+ to start at (\S+) using", text)
+    if match is None:
+        return None
+    try:
+        return time.mktime(time.strptime(match[1], "%Y-%m-%dT%H:%M:%S"))  # SLURM's clock is the site's
+    except (ValueError, OverflowError):
+        return None
+
+
+def expected_start(script: str, conf: str | None = None) -> float | Refused | Unknown:
+    """When SLURM would start a job with this script's text if it were submitted now. Submits nothing.
+
+    Seconds since the epoch; it is the backfill scheduler's guess from the wall times of all jobs.
+    """
+    argv = ["sbatch", "--test-only"]
+    try:
+        done = subprocess.run(
+            argv, env=clean_environment(conf), capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S,
+            input=script, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return Unknown(f"sbatch did not answer within {TIMEOUT_S:g} s")
+    except OSError as error:
+        return Unknown(f"sbatch: {error.strerror}")
+    said = done.stderr.strip() or done.stdout.strip()
+    if done.returncode == 0:
+        start = parse_test(said)
+        return Unknown(f"sbatch did not say when: {said[:200]}") if start is None else start
+    # else it never came to judge the request: no configuration, no controller
+    return Refused(said) if "allocation failure" in said else Unknown(said or f"sbatch: status {done.returncode}")
+
+
+def at_limit(refused: Refused) -> bool:
+    """Whether a job was refused for the number of jobs that are in the queue already: later it may be taken. Pure."""
+    return re.search(r"MaxSubmit|job submit limit|MaxJobCount", refused.why) is not None
+
+
 def find_submitted(comment: str, conf: str | None = None) -> JobRecord | Unknown | None:
     """Your job with exactly this comment, whatever its state. Looks again for LOOK_S: a controller too busy to answer
     sbatch may also take the job late, and squeue may be as silent as sbatch was."""
@@ -228,6 +306,15 @@ def find_submitted(comment: str, conf: str | None = None) -> JobRecord | Unknown
         if time.monotonic() > deadline:
             return found if isinstance(found, Unknown) else None
         time.sleep(1)
+
+
+def max_array_size(conf: str | None = None) -> int | Unknown:
+    """The cluster's MaxArraySize: an element's highest number, plus one."""
+    answer = _ask("scontrol", "show", "config", conf=conf)
+    if isinstance(answer, Unknown):
+        return answer
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", answer, re.MULTILINE)
+    return int(found[1]) if found else Unknown("scontrol show config names no MaxArraySize")
 
 
 def parse_gres(text: str) -> dict[str | None, int]:
@@ -322,12 +409,75 @@ def show_accounting(conf: str | None = None) -> str | Unknown:
     return _ask(*argv, f"--user={getpass.getuser()}", conf=conf)
 
 
-def cancel(ids: Sequence[str], conf: str | None = None) -> Unknown | None:
-    """Cancel jobs. Unknown where SLURM did not take the request; jobs that are gone already are no error."""
+def cancel(ids: Sequence[str], conf: str | None = None, only_pending: bool = False) -> Unknown | None:
+    """Cancel jobs. Unknown where SLURM did not take the request; jobs that are gone already are no error.
+
+    only_pending: leave those alone that have started meanwhile.
+    """
     if not ids:
         return None
-    answer = _ask("scancel", "--quiet", *ids, conf=conf)
+    options = ["--quiet", *(["--state=PENDING"] if only_pending else [])]
+    answer = _ask("scancel", *options, *ids, conf=conf)
     return answer if isinstance(answer, Unknown) else None
+
+
+def ask_to_save(ids: Sequence[str], conf: str | None = None) -> Unknown | None:
+    """USR1 to the job scripts, as SLURM sends it before the wall time. Unknown where SLURM did not take the request,
+    as for a job that does not run."""
+    answer = _ask("scancel", "--quiet", "--batch", "--signal=USR1", *ids, conf=conf) if ids else ""
+    return answer if isinstance(answer, Unknown) else None
+
+
+def hold(ids: Sequence[str], conf: str | None = None) -> Unknown | None:
+    """Hold jobs as their user, who may release them again; a running one is held from its next requeue on."""
+    answer = _ask("scontrol", "uhold", ",".join(ids), conf=conf) if ids else ""
+    return answer if isinstance(answer, Unknown) else None
+
+
+def release(ids: Sequence[str], conf: str | None = None) -> Unknown | None:
+    """Let held jobs go on."""
+    answer = _ask("scontrol", "release", ",".join(ids), conf=conf) if ids else ""
+    return answer if isinstance(answer, Unknown) else None
+
+
+def wait_for(job_id: str, ids: Sequence[str], conf: str | None = None) -> Unknown | None:
+    """Make a queued job wait for the good end of these jobs, and of no others."""
+    dependency = f"Dependency={':'.join(['afterok', *ids]) if ids else ''}"
+    answer = _ask("scontrol", "update", f"JobId={job_id}", dependency, conf=conf)
+    return answer if isinstance(answer, Unknown) else None
+
+
+def owners(ids: Sequence[str], conf: str | None = None) -> dict[str, str] | Unknown:
+    """The users of these jobs."""
+    found: dict[str, str] = {}
+    for start in range(0, len(ids), CHUNK):
+        wanted = f"--jobs={','.join(ids[start : start + CHUNK])}"
+        answer = _ask("squeue", "--noheader", "--array", "--states=all", "--format=%i|%u", wanted, conf=conf)
+        if isinstance(answer, str):
+            found |= dict(line.split("|", 1) for line in answer.splitlines() if "|" in line)
+        elif "Invalid job id" not in answer.why:
+            return answer
+    return found
+
+
+def cluster_name(conf: str | None = None) -> str | Unknown:
+    """The controller's name of the cluster."""
+    answer = _ask("scontrol", "show", "config", conf=conf)
+    if isinstance(answer, Unknown):
+        return answer
+    match = re.search(r"^ClusterName\s*=\s*(\S+)", answer, re.MULTILINE)
+    return match[1] if match else Unknown("scontrol show config names no cluster")
+
+
+def upstream_jobs(job: JobRecord) -> set[str]:
+    """The jobs whose good end a queued job waits for; of an array that it follows task by task, the one. Pure."""
+    task = job.job_id.partition("_")[2]
+    return {
+        f"{number}_{task}" if rest == "_*" else f"{number}{rest}"
+        for part in re.split(r"[,?]", job.dependency)
+        if part.startswith(("afterok:", "aftercorr:"))
+        for number, rest in re.findall(r":(\d+)(_\*|_\d+|)", part)
+    }
 
 
 def wait_gone(ids: Sequence[str], conf: str | None = None, timeout: float = 30.0) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from launchers import slurm
 from post_training.run.history import History
 
@@ -14,7 +16,7 @@ PENDING = {
     "Dependency": "waits for other jobs",
     "DependencyNeverSatisfied": "an upstream job failed: can never start",
     "BeginTime": "held for a moment after a requeue",
-    "JobHeldUser": "held by the user: scontrol release",
+    "JobHeldUser": "held by the user: python -m launchers.release",
     "JobHeldAdmin": "held by an administrator",
     "JobArrayTaskLimit": "the sweep's limit of jobs at a time is reached",
     "Licenses": "waits for a licence",
@@ -42,7 +44,8 @@ PENDING = {
     "AssocGrpCPUMinutesLimit": "your account's CPU hours are used up",
     "AssocGrpBillingMinutes": "your account's budget is used up",
     "JobLaunchFailure": "its last start failed; SLURM tries again",
-    "launch_failed_requeued_held": "its start failed: held until scontrol release",
+    "launch_failed_requeued_held": "its start failed: held; python -m launchers.repair",
+    "job_requeued_in_held_state": "requeued and held: python -m launchers.release",
     "Prolog": "the nodes are being made ready",
     "Cleaning": "its last attempt is being cleaned up",
     "NodeFailure": "a node failed; SLURM starts it again",
@@ -73,7 +76,9 @@ OUTCOMES = {
 
 def pending_reason(reason: str) -> str:
     """SLURM's reason of a pending job in plain words."""
-    word = reason.split(",")[0].strip()
+    word = reason.split(",")[0].strip().replace(" ", "_")  # SLURM writes some with blanks
+    if word.startswith("Nodes_required_for_job_are"):
+        word = "ReqNodeNotAvail"
     if word in PENDING:
         return PENDING[word]
     if word.startswith("QOS"):
@@ -81,6 +86,31 @@ def pending_reason(reason: str) -> str:
     if word.startswith(("Assoc", "MaxCpuPerAccount")):
         return f"a limit of your account is reached ({word})"
     return f"SLURM says: {reason}"
+
+
+def clock(moment: float, now: float) -> str:
+    """A moment as local time: 14:30 today, otherwise with its day."""
+    try:
+        there, here = time.localtime(moment), time.localtime(now)
+    except (OverflowError, ValueError, OSError):
+        return "a time far off"
+    same_day = there[:3] == here[:3]
+    return time.strftime("%H:%M" if same_day else "%a %H:%M" if abs(moment - now) < 6 * 86400 else "%Y-%m-%d", there)
+
+
+def roughly(seconds: float) -> str:
+    """A duration in its greatest unit: 40 s, 12 min, 2 h, 3 days."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= (2 if unit == "days" else 1) * size - size / 120:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0, seconds):.0f} s"
+
+
+def expected(start: float, now: float) -> str:
+    """When SLURM means to start a pending job, in plain words."""
+    if start <= now:
+        return "SLURM expects to start it at any moment"
+    return f"SLURM expects to start it at {clock(start, now)}, in {roughly(start - now)}"
 
 
 # ------------------------------------------------------------------------------------------ the state
@@ -189,6 +219,8 @@ def _slurm_state(
 ) -> tuple[str, str | None]:
     begun = history.attempt_started is not None and history.attempt_started >= (history.submitted or 0)
     ended = history.gave_up
+    if history.cancelled and not job.live:
+        return _gone(history, output_problem)
     match job.state:
         case "PENDING":
             if job.reason == "DependencyNeverSatisfied":
@@ -203,11 +235,11 @@ def _slurm_state(
         case "REQUEUED" | "REQUEUE_FED":
             return "requeued", "SLURM is requeueing it"
         case "REQUEUE_HOLD" | "SPECIAL_EXIT":
-            return "requeued", f"held: scontrol release {job.job_id}"
+            return "requeued", "held: python -m launchers.release"
         case "PREEMPTED":
             return "requeued", "preempted by a job that comes first"
         case "RUNNING" | "SUSPENDED" | "STOPPED" | "RESIZING" | "SIGNALING" | "STAGE_OUT":
-            if history.cancelled or history.stopping:
+            if history.cancelled or history.stopping or history.cancel_wish:
                 return "stopping", "asked to save and leave"
             if job.state != "RUNNING":
                 return "running", f"{job.state.lower().replace('_', ' ')} by SLURM"

@@ -12,9 +12,9 @@ import json
 import os
 import pwd
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,12 @@ from post_training.run.directory import RunDirectory
 from post_training.run.history import History, summarise
 
 PIPELINE_FILE = "pipeline.json"
+NEVER = "DependencyNeverSatisfied"
+"""SLURM's reason of a job that waits for one that failed."""
 Frozen = dict[str, Any]
 SECTIONS = (
     "model", "data", "training", "lora", "checkpointing", "slurm", "cluster", "parallel", "logging", "guardrails",
+    "notify", "container",
 )  # fmt: skip
 
 
@@ -106,6 +109,19 @@ def freeze(cfg: Config, name: str, run_name: str, inputs: Mapping[str, Any]) -> 
     }  # fmt: skip
     frozen["identity"] = identity(frozen)
     return frozen
+
+
+def folders_of(frozen: Frozen) -> list[str]:
+    """Folders and files outside the run that a frozen config names: a container must see them. Pure."""
+    data, evaluation = frozen["data"], frozen["eval"]
+    named = [
+        frozen["model"]["name_or_path"], frozen["model"]["tokenizer"], data["path"], data["eval_path"],
+        *(part["path"] for part in data["datasets"]),
+        *((source or {}).get("path") for source in frozen["inputs"].values()),
+        (frozen.get("merge") or {}).get("adapter"), evaluation["tasks_path"], evaluation["text"]["path"],
+        evaluation["judge"]["questions"], evaluation["judge"]["reference"],
+    ]  # fmt: skip
+    return sorted({path for path in named if path is not None and path.startswith("/")})
 
 
 def determining(frozen: Frozen) -> dict[str, Any]:
@@ -221,8 +237,16 @@ def stale(job: slurm.JobRecord, needs: Iterable[str]) -> bool:
     """
     if job.state != "PENDING":
         return False
-    waits_for = set(re.findall(r":(\d+)", job.dependency))
-    return job.reason == "DependencyNeverSatisfied" or not waits_for.issuperset(needs)
+    return job.reason == NEVER or not waits_for(job).issuperset(needs)
+
+
+def waits_for(job: slurm.JobRecord) -> set[str]:
+    """Ids of the jobs that a queued job waits for; of an array that it follows element by element, the one. Pure."""
+    element = job.job_id.partition("_")[2]
+    return {
+        f"{number}_{element}" if rest == "_*" else f"{number}{rest}"
+        for number, rest in re.findall(r":(\d+)(_\*|_\d+|)", job.dependency)
+    }
 
 
 def _differs(name: str, old: Frozen, new: Frozen, root: Path) -> ConfigError:
@@ -350,14 +374,16 @@ class Planned:
     cfg: Config
     frozen: Frozen
     run: RunDirectory
-    decision: str  # new, again, live, done, or held (it would be submitted, if a gate upstream held)
+    decision: str  # new, again, live, done, shared (`owner` is it), or held (to be submitted, if a gate upstream held)
     after: list[str]  # upstream stages whose outputs it needs or that it comes after
-    job_id: str | None = None  # of its job, where it is live
+    job: slurm.JobRecord | None = None  # its job, where it is live
+    job_id: str | None = None  # of its job, where it is live or was submitted
     replaces: str | None = None  # job to be cancelled: it waits for an upstream job that can no longer end well
     waits_for: list[str] = field(default_factory=list)  # job ids from outside this plan
     history: History = field(default_factory=History)  # of what is there
     gate_problem: str | None = None  # it is an evaluation that is done, and why its gate does not hold
     held_by: str | None = None  # the eval stage whose gate holds it back
+    owner: Planned | None = None  # another point of the sweep submits this very run
 
     @property
     def started(self) -> bool:
@@ -374,8 +400,18 @@ class Planned:
         return self.decision in ("new", "again")
 
     @property
+    def anew(self) -> bool:
+        """Whether this command submits it, here or as another point's."""
+        return self.to_submit or self.owner is not None
+
+    @property
+    def waits_on(self) -> str | None:
+        """The job that makes its output, where there is one."""
+        return self.job_id if self.owner is None else self.owner.job_id
+
+    @property
     def elsewhere(self) -> bool:
-        """Whether a finished run of another pipeline is used in this one's place."""
+        """Whether a run of another pipeline is used in this one's place."""
         return self.run.pipeline != self.frozen["pipeline"]
 
 
@@ -408,6 +444,7 @@ class Plan:
         """What pipeline.json says: the graph, for whoever looks later."""
         stages = {
             p.name: {"run_dir": str(p.run.root), "stage": p.cfg.stage, "after": p.after}
+            | {"identity": p.frozen["identity"]}
             | ({"gate": p.frozen["gate"]} if "gate" in p.frozen else {})
             for p in self.stages.values()
         }
@@ -545,6 +582,36 @@ def _check_gate_outside(name: str, upstream: str, found: Found, root: Path, held
 
 def make_plan(selection: Selection, ask: bool = True) -> Plan:
     """Decide about every stage. Raises ConfigError and LaunchError; writes nothing. ask: False asks no SLURM."""
+    return make_plans([selection], ask)[0]
+
+
+def make_plans(selections: Sequence[Selection], ask: bool = True) -> list[Plan]:
+    """Decide about every stage of several pipelines, which are points of one sweep; SLURM is asked once for all.
+
+    Runs that are the same in several points are planned once, in the first of them; where other pipelines below the
+    output folder have them done, or on SLURM queued or running, those are taken. Raises as `make_plan`.
+    """
+    scopes = [_scope(selection) for selection in selections]
+    cluster = selections[0].config(selections[0].wanted[0]).cluster  # one for all
+    asked = cluster if ask else None
+    found = look([root for scope in scopes for root in scope.roots.values()], asked)
+    there = _There(selections[0].output_base, asked if len(selections) > 1 else None)
+    return [_plan(scope, found, there) for scope in scopes]
+
+
+@dataclass(frozen=True)
+class _Scope:
+    """What a plan is about: the stages, and the run directories to look into."""
+
+    selection: Selection
+    described: dict[str, Any]  # stages of pipeline.json, as an earlier command wrote it
+    origins: dict[str, dict[str, str | None]]
+    needed: dict[str, list[str]]
+    outside: list[str]  # upstream stages that are not in the plan
+    roots: dict[str, Path]
+
+
+def _scope(selection: Selection) -> _Scope:
     folder = selection.output_base / selection.run_name
     described = read_description(folder)
     origins = {name: sources(selection, name) for name in selection.wanted}
@@ -553,17 +620,62 @@ def make_plan(selection: Selection, ask: bool = True) -> Plan:
     # a stage's run directory; of another pipeline, where an earlier command found its finished run there
     roots = {up: Path(described[up]["run_dir"]) if up in described else folder / up for up in outside}
     roots |= {name: folder / name for name in selection.wanted}
-    cluster = selection.config(selection.wanted[0]).cluster  # one for all
-    found = look(roots.values(), cluster if ask else None)
-    finished = cache(lambda: finished_runs(selection.output_base))  # looked for once, if at all
+    return _Scope(selection, described, origins, needed, outside, roots)
+
+
+def _kind(frozen: Frozen) -> tuple[str, str]:
+    """Equal for runs of which one is enough: a queued evaluation has the gate that it was submitted with."""
+    return frozen["identity"], json.dumps(frozen.get("gate"), sort_keys=True)
+
+
+class _There:
+    """Runs that other pipelines have, or earlier points of the same sweep will have."""
+
+    def __init__(self, output_base: Path, cluster: Cluster | None) -> None:
+        """cluster: where runs of other pipelines may be queued or running; None: such runs are not shared."""
+        self.output_base, self.cluster = output_base, cluster
+        self.planned: dict[tuple[str, str], Planned] = {}
+
+    @cached_property
+    def finished(self) -> dict[str, Path]:
+        """Looked for once, if at all."""
+        return finished_runs(self.output_base)
+
+    @cached_property
+    def live(self) -> dict[tuple[str, str], tuple[Path, Found]]:
+        """Runs of all pipelines that are queued or running on SLURM, and that this user may write a note into."""
+        if self.cluster is None or self.cluster.scheduler != "slurm":
+            return {}
+        described = (read_description(path.parent) for path in sorted(self.output_base.glob(f"*/{PIPELINE_FILE}")))
+        roots = {Path(entry["run_dir"]) for stages in described for entry in stages.values() if entry.get("identity")}
+        alive: dict[tuple[str, str], tuple[Path, Found]] = {}
+        ours = sorted(root for root in roots if os.access(RunDirectory(root).ledger, os.W_OK))
+        for root, found in look(ours, self.cluster).items() if ours else ():
+            if found.config is None or found.whole or found.job is None or found.job.reason == NEVER:
+                continue
+            if found.config["cluster"]["slurm_conf"] == self.cluster.slurm_conf:
+                alive.setdefault(_kind(found.config), (root, found))
+        return alive
+
+
+def _plan(scope: _Scope, found: Mapping[Path, Found], there_are: _There) -> Plan:
+    selection, described, origins, needed, outside = (
+        scope.selection, scope.described, scope.origins, scope.needed, scope.outside
+    )  # fmt: skip
+    folder = selection.output_base / selection.run_name
+    roots = dict(scope.roots)
 
     upstream: dict[str, tuple[Path, str | None, list[str]]] = {}  # run directory, identity, jobs to wait for
     configs: dict[str, Frozen | None] = {}
     gates_outside: dict[str, dict[str, Any] | None] = {}
     for up in outside:
         there = found.get(roots[up], Found())
-        if there.config is None and (same := finished().get(expected_identity(selection, up))) is not None:
-            roots[up], there = same, Found(RunDirectory(same).read_config(), whole=True)
+        if there.config is None:
+            identity = expected_identity(selection, up)
+            if (same := there_are.finished.get(identity)) is not None:
+                roots[up], there = same, Found(RunDirectory(same).read_config(), whole=True)
+            elif (alive := there_are.live.get((identity, "null"))) is not None:
+                roots[up], there = alive
         user = next(name for name in selection.wanted if up in needed[name])
         jobs = _wait_for(user, up, there, roots[up], selection.config(user))
         upstream[up], configs[up] = (roots[up], (there.config or {}).get("identity"), jobs), there.config
@@ -594,28 +706,37 @@ def make_plan(selection: Selection, ask: bool = True) -> Plan:
         if (own_gate := frozen_gate(selection.stages[name], lambda parent: upstream[parent][0])) is not None:
             frozen["gate"] = own_gate
         root = roots[name]
-        decision = decide(name, frozen, found.get(root, Found()), root)
-        if decision == "new" and (same := finished().get(frozen["identity"])) is not None:
-            root, decision = same, "done"
-        here, replaces = found.get(root, Found()), None
-        if decision == "live":
+        here, replaces, owner = found.get(root, Found()), None, None
+        decision = decide(name, frozen, here, root)
+        if decision == "new" and (same := there_are.finished.get(frozen["identity"])) is not None:
+            root, decision, here = same, "done", found.get(same, Found())
+        elif decision == "new" and (owner := there_are.planned.get(_kind(frozen))) is not None:
+            root, decision = owner.run.root, "shared"
+            if owner.decision == "live":
+                decision, here, owner = "live", Found(job=owner.job, history=owner.history), None
+        elif decision == "new" and (alive := there_are.live.get(_kind(frozen))) is not None:
+            (root, here), decision = alive, "live"
+        elif decision == "live":
             _check_same_scheduler(name, here, cfg, root)
             _check_same_gate(name, here, own_gate)
             needs = [job for up in needed[name] for job in upstream[up][2]]
-            anew = any(up in planned and planned[up].to_submit for up in needed[name])
+            anew = any(up in planned and planned[up].anew for up in needed[name])
             if here.job is not None and (stale(here.job, needs) or (anew and here.job.state == "PENDING")):
                 decision, replaces = "again", here.job.job_id
         held_by = next((planned[up].held_by for up in needed[name] if up in planned and planned[up].held_by), None)
-        if held_by is not None and decision in ("new", "again"):
-            decision, replaces = "held", None
+        if held_by is not None and decision in ("new", "again", "shared"):
+            decision, replaces, owner = "held", None, None
         why = gate.failure(RunDirectory(root), own_gate) if decision == "done" else None
         planned[name] = Planned(
             name=name, cfg=cfg, frozen=frozen, run=RunDirectory(root), decision=decision, after=needed[name],
+            job=here.job if decision == "live" else None,
             job_id=here.job.job_id if decision == "live" and here.job is not None else None, replaces=replaces,
             waits_for=list(dict.fromkeys(job for up in needed[name] if up in outside for job in upstream[up][2])),
             history=here.history, gate_problem=why,
-            held_by=name if why is not None else held_by if decision == "held" else None,
+            held_by=name if why is not None else held_by if decision == "held" else None, owner=owner,
         )  # fmt: skip
+        if decision in ("new", "again", "live"):
+            there_are.planned.setdefault(_kind(frozen), planned[name])
         own = planned[name].job_id
         upstream[name], configs[name] = (root, frozen["identity"], [own] if own is not None else []), frozen
     _check_restart(planned)
@@ -632,7 +753,7 @@ def make_plan(selection: Selection, ask: bool = True) -> Plan:
 def _check_restart(planned: Mapping[str, Planned]) -> None:
     """Refuse restart=true where it would do nothing, rather than leave a run as it is in silence."""
     asked = {name: p.decision for name, p in planned.items() if p.cfg.restart}
-    if not asked or not {"done", "live"} & set(asked.values()) or {"again", "new"} & set(asked.values()):
+    if not asked or not {"done", "live"} & set(asked.values()) or {"again", "new", "shared"} & set(asked.values()):
         return
     words = {"done": "done", "live": "queued or running", "held": "held back by a gate"}
     shown = ", ".join(f"{name} is {words[decision]}" for name, decision in asked.items())

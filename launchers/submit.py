@@ -11,7 +11,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
@@ -20,9 +20,9 @@ from conf.check import ConfigError, gpus_per_node, parse_wall_time, split_functi
 from launchers import cli, slurm
 from launchers.errors import LaunchError, Unanswered, gate_fix
 from launchers.preflight import check_cluster, check_leads
-from launchers.render import job_script
+from launchers.render import Array, job_script, python_of
 from launchers.selection import Selection, select
-from launchers.submission import PIPELINE_FILE, Plan, Planned, live_jobs, make_plan, own_files
+from launchers.submission import PIPELINE_FILE, Plan, Planned, folders_of, live_jobs, make_plan, own_files
 from launchers.table import near
 from post_training.run import environment, gate, ledger, life
 from post_training.run.directory import RunDirectory, fsync_path, write_atomic
@@ -41,34 +41,39 @@ SUFFIXES = (".py", ".yaml", ".j2")
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    return cli.run(lambda tokens: select(tokens, only_one=True), launch, USAGE, argv)
+    def sweep(points: cli.Sweep, selections: list[Selection]) -> int:
+        from launchers.sweep import launch
+
+        return launch(points, selections)
+
+    return cli.run(lambda tokens: select(tokens, only_one=True), launch, USAGE, argv, sweep)
 
 
-def launch(selection: Selection) -> int:
-    """Plan, write and submit; or print what would be done. Returns the exit status.
+def launch(selection: Selection, table: bool = True) -> int:
+    """Plan, write and submit; or print what would be done. Returns the exit status. table: of what was run here.
 
     Raises ConfigError and LaunchError; then no job and no new file is left, unless SLURM stopped answering half-way:
     then what it took stays, and the same command adds the rest.
     """
     if selection.dry_run:
         plan = make_plan(selection, ask=False)
-        check_leads(plan)
+        check_leads([plan])
         print(preview(plan), end="")
         return 0
     check_cluster(selection.configs)
-    with _pipeline_lock(selection.output_base / selection.run_name):
+    with pipeline_lock(selection.output_base / selection.run_name):
         plan = make_plan(selection)
-        check_leads(plan)
-        with _undo_on_failure(plan) as undo:
-            write(plan, undo)
+        check_leads([plan])
+        with undo_on_failure([plan]) as undo:
+            write(plan, undo, Code())
             if plan.scheduler == "slurm":
                 submit(plan, undo)
     _show(plan)
-    held = _tell_gates(plan)
+    held = tell_gates(plan)
     if plan.scheduler != "local":
         return held
-    status = max(_supervise(plan), held)
-    if status == 0 and not selection.only_one:
+    status = max(supervise(plan), held)
+    if status == 0 and table and not selection.only_one:
         from launchers import compare
 
         print()
@@ -79,18 +84,18 @@ def launch(selection: Selection) -> int:
 # -------------------------------------------------------------------------------------------- writing
 
 
-class _Undo:
+class Undo:
     """What this command has made so far."""
 
     def __init__(self) -> None:
         self.made: list[Path] = []
         self.asked = False  # sbatch was, so there may be jobs
         self.submitted: list[Planned] = []
-        self.description: str | None = None
+        self.descriptions: dict[Path, str | None] = {}  # pipeline.json of before, by its path
 
 
 @contextlib.contextmanager
-def _pipeline_lock(folder: Path) -> Iterator[None]:
+def pipeline_lock(folder: Path) -> Iterator[None]:
     """One command at a time plans and submits in a pipeline's folder: whoever comes second finds the first's jobs.
 
     A folder in which nothing was made is gone afterwards.
@@ -128,18 +133,18 @@ def _listing(folder: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _undo_on_failure(plan: Plan) -> Iterator[_Undo]:
+def undo_on_failure(plans: Sequence[Plan]) -> Iterator[Undo]:
     """Where the block fails, cancel the jobs and remove the folders that it made.
 
     A job must not lose its folder: where SLURM does not answer, all that was made stays.
     """
-    undo = _Undo()
+    undo = Undo()
     try:
         yield undo
     except Unanswered:
         raise
     except BaseException:
-        if undo.asked and (left := _cancel(plan, undo)):
+        if undo.asked and (left := _cancel(plans, undo)):
             print(f"warning: {left}; the same command goes on from there", file=sys.stderr)
             raise
         for folder in undo.made:
@@ -149,18 +154,25 @@ def _undo_on_failure(plan: Plan) -> Iterator[_Undo]:
                 ledger.append(
                     planned.run.ledger, "cancelled", reason="another stage of the chain could not be submitted"
                 )
-        description = plan.folder / PIPELINE_FILE
-        if undo.description is not None:
-            write_atomic(description, undo.description)
-        elif undo.made:
-            description.unlink(missing_ok=True)
+        for path, text in undo.descriptions.items():
+            put_back(path, text)
         raise
 
 
-def _cancel(plan: Plan, undo: _Undo) -> str | None:
+def put_back(description: Path, text: str | None) -> None:
+    """Make a pipeline.json what it was before a command that has failed; None: there was none."""
+    if text is not None:
+        write_atomic(description, text)
+    else:
+        description.unlink(missing_ok=True)
+
+
+def _cancel(plans: Sequence[Plan], undo: Undo) -> str | None:
     """Cancel the jobs that this command made, also one whose id it did not get to know. Why that failed, or None."""
     ids = {planned.job_id for planned in undo.submitted if planned.job_id is not None}
-    there = live_jobs({p.run.root: History() for p in plan.stages.values() if p.to_submit}, plan.slurm_conf)
+    plan = plans[0]
+    wanted = [planned for one in plans for planned in one.stages.values() if planned.to_submit]
+    there = live_jobs({planned.run.root: History() for planned in wanted}, plan.slurm_conf)
     for job in there.values():
         if isinstance(job, slurm.Unknown):
             return f"what was submitted is not cancelled: {job.why}"
@@ -182,12 +194,37 @@ def snapshot() -> dict[str, bytes]:
     }
 
 
-def _write_code(run: RunDirectory, code: dict[str, bytes]) -> None:
-    shutil.rmtree(run.code, ignore_errors=True)
-    for name, content in code.items():
-        path = run.code / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+class Code:
+    """The snapshot that runs of one command are frozen with.
+
+    shared: a sweep's runs have hard links to the files of its first one, which nobody may write: two hundred files for
+    each of a thousand runs take longer than SLURM does. Where there can be no link, a run has its own copy.
+    """
+
+    def __init__(self, shared: bool = False) -> None:
+        self.files, self.shared = snapshot(), shared
+        self.folders = sorted({str(folder) for name in self.files for folder in Path(name).parents})
+        self.first: Path | None = None
+
+    def write(self, run: RunDirectory) -> None:
+        shutil.rmtree(run.code, ignore_errors=True)
+        for folder in self.folders:  # parents first
+            (run.code / folder).mkdir(exist_ok=True)
+        if self.first is not None:
+            with contextlib.suppress(OSError):
+                source, target = str(self.first), str(run.code)
+                for name in self.files:
+                    os.link(f"{source}/{name}", f"{target}/{name}")
+                return
+            self.first = None
+        for name, content in self.files.items():
+            path = run.code / name
+            path.unlink(missing_ok=True)
+            path.write_bytes(content)
+            if self.shared:
+                path.chmod(0o444)
+        if self.shared:
+            self.first = run.code
 
 
 def _write_own_files(planned: Planned) -> None:
@@ -202,14 +239,16 @@ def _write_own_files(planned: Planned) -> None:
         target.write_bytes(text)
 
 
-def python_of(planned: Planned) -> str:
-    """The Python of a run's job."""
-    return planned.cfg.cluster.python or sys.executable
+def script_of(planned: Planned, dependency: list[str] | None = None, array: Array | None = None) -> str:
+    """The text of a run's job script, or of that of an array of which it is an element."""
+    return job_script(planned.cfg, planned.run, python_of(planned.cfg), dependency, folders_of(planned.frozen), array)
 
 
-def write(plan: Plan, undo: _Undo) -> None:
-    """Make the run directories of the stages to submit, and pipeline.json. Their scripts follow at submission."""
-    code = snapshot()
+def write(plan: Plan, undo: Undo, code: Code, durable: bool = True) -> None:
+    """Make the run directories of the stages to submit, and pipeline.json. Their scripts follow at submission.
+
+    durable: False where the caller sees to it that all is on the disk.
+    """
     for planned in plan.stages.values():
         if not planned.to_submit:
             continue
@@ -222,18 +261,19 @@ def write(plan: Plan, undo: _Undo) -> None:
         if planned.from_scratch:
             set_aside(run)
         if not planned.started:
-            _write_code(run, code)
+            code.write(run)
             _write_own_files(planned)
         dumped = yaml.dump(
             planned.frozen, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False, allow_unicode=True
         )
-        write_atomic(run.config, dumped)
+        write_atomic(run.config, dumped, durable)
         if plan.scheduler == "local":
-            write_atomic(run.script, job_script(planned.cfg, run, python_of(planned)))
+            write_atomic(run.script, script_of(planned))
     description = plan.folder / PIPELINE_FILE
+    undo.descriptions[description] = None
     with contextlib.suppress(OSError):
-        undo.description = description.read_text()
-    write_atomic(description, json.dumps(plan.description(), indent=1) + "\n")
+        undo.descriptions[description] = description.read_text()
+    write_atomic(description, json.dumps(plan.description(), indent=1) + "\n", durable)
 
 
 def set_aside(run: RunDirectory) -> Path | None:
@@ -263,33 +303,43 @@ def set_aside(run: RunDirectory) -> Path | None:
 
 def dependencies(plan: Plan, planned: Planned) -> list[str]:
     """Job ids that must end well before this stage starts."""
-    ids = [job_id for up in planned.after if up in plan.stages and (job_id := plan.stages[up].job_id) is not None]
+    ids = [job_id for up in planned.after if up in plan.stages and (job_id := plan.stages[up].waits_on) is not None]
     return list(dict.fromkeys([*ids, *planned.waits_for]))
 
 
-def submit(plan: Plan, undo: _Undo) -> None:
+def submit(plan: Plan, undo: Undo) -> None:
     """Submit a plan's stages, upstream first, each after the jobs that it needs. Raises LaunchError."""
+    cancel_stale([plan])
+    for planned in plan.stages.values():
+        submit_one(plan, planned, undo)
+
+
+def cancel_stale(plans: Sequence[Plan]) -> None:
+    """Cancel queued jobs that wait for jobs that failed: these plans submit their runs again. Raises LaunchError."""
+    stale = [planned.replaces for plan in plans for planned in plan.stages.values() if planned.replaces is not None]
+    if stale and (refused := slurm.cancel(stale, conf=plans[0].slurm_conf)):
+        raise LaunchError(f"jobs {', '.join(stale)} wait for jobs that failed, and cannot be cancelled: {refused.why}")
+
+
+def submit_one(plan: Plan, planned: Planned, undo: Undo) -> None:
+    """Submit one stage of a plan, if it is to be; its upstream stages have been. Raises LaunchError."""
     from launchers.executor import RunExecutor
 
-    stale = [planned.replaces for planned in plan.stages.values() if planned.replaces is not None]
-    if stale and (refused := slurm.cancel(stale, conf=plan.slurm_conf)):
-        raise LaunchError(f"jobs {', '.join(stale)} wait for jobs that failed, and cannot be cancelled: {refused.why}")
-    for planned in plan.stages.values():
-        if planned.to_submit:
-            script = job_script(planned.cfg, planned.run, python_of(planned), dependencies(plan, planned))
-            undo.asked = True
-            try:
-                job = RunExecutor(planned.run, script, plan.cluster, plan.slurm_conf).submit_run()
-            except Unanswered as error:
-                before = ", ".join(f"{p.name} as {p.job_id}" for p in undo.submitted)
-                raise Unanswered(
-                    error.problem + (f"; submitted before: {before}" if before else ""), error.fix
-                ) from None
-            planned.job_id = job.job_id
-            undo.submitted.append(planned)
-        elif planned.decision == "live" and planned.job_id not in _submitted(planned.run):
-            # by a command that died before it could write this down, or by hand
-            ledger.append(planned.run.ledger, "submitted", job_id=planned.job_id, cluster=plan.cluster)
+    if planned.to_submit:
+        script = script_of(planned, dependencies(plan, planned))
+        undo.asked = True
+        try:
+            job = RunExecutor(planned.run, script, plan.cluster, plan.slurm_conf).submit_run()
+        except Unanswered as error:
+            before = ", ".join(f"{p.name} as {p.job_id}" for p in undo.submitted)
+            raise Unanswered(
+                error.problem + (f"; submitted before: {before}" if before else ""), error.fix
+            ) from None
+        planned.job_id = job.job_id
+        undo.submitted.append(planned)
+    elif planned.decision == "live" and planned.job_id not in _submitted(planned.run):
+        # by a command that died before it could write this down, or by hand
+        ledger.append(planned.run.ledger, "submitted", job_id=planned.job_id, cluster=plan.cluster)
 
 
 def _submitted(run: RunDirectory) -> set[str]:
@@ -297,11 +347,11 @@ def _submitted(run: RunDirectory) -> set[str]:
     return {str(event.get("job_id")) for event in ledger.read(run.ledger) if event["event"] == "submitted"}
 
 
-def _supervise(plan: Plan) -> int:
+def supervise(plan: Plan) -> int:
     """Run a plan's stages on this machine, in the foreground."""
     from launchers.local import LocalRun, supervise
 
-    waiting = [p for p in plan.stages.values() if p.decision not in ("done", "held")]
+    waiting = [p for p in plan.stages.values() if p.decision not in ("done", "held", "shared")]
     if not waiting:
         return 0
     names = {p.name for p in waiting}
@@ -337,7 +387,7 @@ def _show(plan: Plan) -> None:
         if planned.from_scratch:
             what += " from scratch"
         if planned.elsewhere:
-            what = f"reused from {planned.run.pipeline}"
+            what = f"{'shared with' if planned.decision == 'live' else 'reused from'} {planned.run.pipeline}"
         if planned.held_by is not None:
             what += "; its gate does not hold" if planned.gate_problem else f": gate of {planned.held_by}"
         after = [up for up in planned.after if up not in plan.stages or plan.stages[up].decision != "done"]
@@ -348,10 +398,10 @@ def _show(plan: Plan) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     if not any(planned.to_submit for planned in plan.stages.values()):
         print("nothing to submit")
-    print(f"look:  python -m launchers.status {_hint(plan)}", flush=True)
+    print(f"look:  python -m launchers.status {hint(plan, f'run_name={plan.name}')}", flush=True)
 
 
-def _tell_gates(plan: Plan) -> int:
+def tell_gates(plan: Plan) -> int:
     """Say which gates of evaluations that are done do not hold and what was left out for them; 1 where there is one."""
     status = 0
     for planned in plan.stages.values():
@@ -364,12 +414,10 @@ def _tell_gates(plan: Plan) -> int:
     return status
 
 
-def _hint(plan: Plan) -> str:
-    """What status needs to find this pipeline."""
+def hint(plan: Plan, which: str) -> str:
+    """What status and compare need to find a pipeline or a sweep."""
     base = near(plan.output_base)
-    return " ".join(
-        [*([f"paths.output_base={shlex.quote(base)}"] if base != "outputs" else []), f"run_name={plan.name}"]
-    )
+    return " ".join([*([f"paths.output_base={shlex.quote(base)}"] if base != "outputs" else []), shlex.quote(which)])
 
 
 def preview(plan: Plan) -> str:
@@ -384,7 +432,7 @@ def preview(plan: Plan) -> str:
         if planned.from_scratch:
             word += " from scratch"
         if planned.elsewhere:
-            word = f"reused from {planned.run.root}"
+            word = f"{'reused from' if planned.decision == 'done' else 'shared with'} {planned.run.root}"
         if planned.gate_problem is not None:
             after += f"; its gate does not hold: {planned.gate_problem}"
         elif "gate" in planned.frozen:
@@ -394,7 +442,7 @@ def preview(plan: Plan) -> str:
         if planned.to_submit:
             ups = [up for up in planned.after if up in plan.stages and plan.stages[up].decision != "done"]
             waits = [*(f"<job of {up}>" for up in ups), *planned.waits_for]
-            script = job_script(planned.cfg, planned.run, python_of(planned), waits)
+            script = script_of(planned, waits)
             lines += ["", f"# {'-' * 20} {planned.run.script}", script.rstrip()]
     return os.linesep.join(lines) + os.linesep
 

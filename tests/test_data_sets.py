@@ -20,7 +20,7 @@ from conf.datasets import KNOWN, STAGE_VIEWS, TRANSFORMS, VIEWS, having
 from conf.schema import Config, Data, Dataset, Quality
 from launchers.selection import select
 from launchers.submission import freeze, make_plan
-from launchers.submit import _Undo, write
+from launchers.submit import Code, Undo, write
 from post_training import data
 from post_training.data import mix, transforms
 from post_training.data.source import DataError, Source, assistant, system, user
@@ -331,7 +331,7 @@ def test_a_transform_file_is_frozen_with_the_run(tmp_path: Path) -> None:
     tokens = ["data=custom", f"data.path={records}", f"data.transform_file={file}", "data.transform=mine"]
     tokens += ["data.held_out=1"]
     plan = make_plan(selected(tmp_path, *tokens))
-    write(plan, _Undo())
+    write(plan, Undo(), Code())
     run = plan.stages["sft"].run
     place = run.read_config()["data"]["transform_file"]
     assert (run.code / place).read_text() == code and Path(place).name == "mine.py"

@@ -19,7 +19,7 @@ from launchers.compose import rewrite
 from launchers.errors import LaunchError
 from launchers.selection import Selection, select
 from launchers.submission import Found, Plan, _check_same_gate, identity, make_plan
-from launchers.submit import _Undo, write
+from launchers.submit import Code, Undo, write
 from post_training.run import gate, ledger, life, manifest, results
 from post_training.run.directory import RunDirectory
 from post_training.run.history import History, summarise
@@ -272,7 +272,7 @@ class Folder:
 
     def done(self, plan: Plan, **accuracies: float) -> None:
         """Write the plan's runs, and finish some of them; an eval's accuracy where its name is given with one."""
-        write(plan, _Undo())
+        write(plan, Undo(), Code())
         for name in ("base", "sft", *accuracies):
             run = plan.stages[name].run
             run.model.mkdir(exist_ok=True)
@@ -327,7 +327,7 @@ def test_a_closed_gate_holds_back_what_is_not_done_and_nothing_else(folder: Fold
     # one stage with another bound: what status says of the gate follows
     alone = folder.plan("eval_sft.gate.at_least=0.1", stage="dpo")
     assert decisions(alone) == {"dpo": "again"}
-    write(alone, _Undo())
+    write(alone, Undo(), Code())
     assert folder.rows()["eval_sft"] == ("done", None) and folder.rows()["grpo"] == ("waiting", "not submitted yet")
     for tokens in (["eval_sft.gate.at_least=0.2"], ["eval_sft.gate=null"], []):
         opened = folder.plan(*tokens)
@@ -338,7 +338,7 @@ def test_another_pipelines_evaluation_is_judged_by_this_ones_gate(folder: Folder
     folder.done(folder.plan("run_name=first"), eval_sft=0.2)
     closed = folder.plan("eval_sft.gate.at_least=0.3")
     assert closed.stages["eval_sft"].elsewhere and closed.stages["dpo"].decision == "held"
-    write(closed, _Undo())
+    write(closed, Undo(), Code())
     assert folder.rows()["eval_sft"][0] == "gated"
     assert {row["state"] for row in runs.collect(folder.base, ["first"]) if row["stage"] == "eval_sft"} == {"done"}
 

@@ -16,7 +16,16 @@ MODULES = [
     "launchers.local", "launchers.executor", "launchers.render", "conf.schema", "conf.check", "post_training.run.life",
     "launchers.prefetch", "conf.chat", "post_training.chat", "launchers.push", "launchers.card", "launchers.report",
     "launchers.charts", "post_training.run.environment", "launchers.serve", "launchers.page",
+    "launchers.steer", "launchers.cancel", "launchers.requeue", "launchers.hold", "launchers.release",
+    "launchers.repair",
+    "launchers.logs", "launchers.why",
     "launchers.doctor", "launchers.site",
+    "launchers.plan", "launchers.simulate",
+    "launchers.notify", "post_training.run.notify",
+    "launchers.charts", "launchers.top", "launchers.eta",
+    "launchers.frozen", "post_training.run.environment", "launchers.serve", "launchers.page",
+    "launchers.charts", "post_training.run.environment", "launchers.serve", "launchers.page",
+    "launchers.logs", "launchers.why",
 ]  # fmt: skip
 
 
@@ -56,9 +65,12 @@ def test_import(module: str) -> None:
         ["launchers.submit", "stage=base", "dry_run=true", "cluster=dev"],
         ["launchers.pipeline", "dry_run=true", "cluster=local"],
         ["launchers.serve", "--help"],
+        ["launchers.logs", "--help"],
         ["launchers.doctor", "--help"],
         ["launchers.serve", "inputs.model=a/b", "cluster=h100", "serve.engine=transformers", "dry_run=true"],
         ["launchers.pipeline", "dry_run=true", "cluster=local", "sft.lr=1e-5,1e-4", "-m"],
+        ["launchers.plan", "--help"],
+        ["launchers.plan", "cluster=dev", "--no-queue", "--step-seconds", "sft=1"],
     ],
 )
 def test_commands(argv: list[str], forbidding: dict[str, str], tmp_path: Path) -> None:

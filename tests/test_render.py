@@ -6,6 +6,7 @@ UPDATE_GOLDEN=1 writes the golden files anew.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -15,15 +16,16 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from conf.schema import Cluster, Config, Slurm
+from conf.schema import Cluster, Config, Container, Paths, Slurm
 from launchers.render import job_script, sbatch_options
 from launchers.submit import SOURCE, snapshot
 from post_training.run import ledger, life, manifest
-from post_training.run.directory import RunDirectory
+from post_training.run.directory import ATTEMPT_MARK, RunDirectory
 from post_training.run.history import History, summarise
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -32,6 +34,12 @@ NASTY = 'it\'s 100% "quoted" $HOME `x` & %j'
 
 def cfg(scheduler: str, **slurm: object) -> Config:
     return Config(cluster=Cluster(name=scheduler, scheduler=scheduler), slurm=Slurm(**slurm))  # type: ignore[arg-type]
+
+
+def contained(scheduler: str, env: dict[str, str] | None = None, **container: Any) -> Config:
+    given = {"image": "/data/it's mine/train.sif", "mounts": ["/hf", "/scratch/me:/scratch:ro"], **container}
+    config = cfg(scheduler, env=env or {}, gpus_per_node=8 if scheduler == "slurm" else 0)
+    return replace(config, container=Container(**given), paths=Paths(output_base="/data/outputs"))
 
 
 CASES: dict[str, tuple[Config, str, list[str]]] = {
@@ -50,6 +58,22 @@ CASES: dict[str, tuple[Config, str, list[str]]] = {
         f"/data/{NASTY}/full/ppo",
         ["17", "18"],
     ),
+    "slurm_venv": (cfg("slurm", venv="/data/it's mine/venv", modules=["cuda/12.4"]), "/data/outputs/full/sft", []),
+    "slurm_conda": (
+        cfg("slurm", conda="it's mine", setup=["export PATH=/opt/conda/bin:$PATH"]), "/data/outputs/full/sft", [],
+    ),
+    "slurm_apptainer": (contained("slurm", env={"HF_HOME": "/hf"}), "/data/outputs/full/sft", []),
+    "slurm_pyxis": (
+        contained(
+            "slurm", image="nvcr.io#nvidia/pytorch:25.01-py3", runtime="pyxis", arguments=["--container-remap-root"]
+        ),
+        f"/data/{NASTY}/full/sft", [],
+    ),
+    "slurm_pyxis_host_python": (
+        contained("slurm", image="/data/images/train.sqsh", runtime="pyxis", host_python="/usr/bin/python3"),
+        "/data/outputs/full/sft", [],
+    ),
+    "local_apptainer": (contained("local"), "/data/outputs/full/sft", []),
     "slurm_cpu": (cfg("slurm", gpus_per_node=0, num_nodes=2, cpus_per_gpu=2), "/data/outputs/full/eval", ["3"]),
 }  # fmt: skip
 
@@ -81,6 +105,27 @@ def test_values_reach_the_shell_as_they_are(tmp_path: Path) -> None:
     lines = [line for line in text.splitlines() if line.startswith(("RUN_DIR=", "PYTHON=", "export TEXT="))]
     done = subprocess.run(["bash", "-c", "\n".join([*lines, 'printf "%s\\n" "$RUN_DIR" "$PYTHON" "$TEXT"'])], capture_output=True, text=True)  # fmt: skip # noqa: E501
     assert done.stdout.splitlines() == [root, NASTY, "it's $X"]
+
+
+def test_a_signal_while_slurm_is_asked_loses_neither_the_word_nor_the_signal(tmp_path: Path) -> None:
+    """bash 5.2 forgets a trap that comes while it reads $( ): a job cancelled at that moment was requeued."""
+    text = job_script(cfg("slurm"), RunDirectory(tmp_path), sys.executable, [])
+    found = [re.search(rf"^{name}\(\) .*?^}}", text, re.M | re.S) for name in ("line_of", "hear", "ask")]
+    pipes = next((line for line in text.splitlines() if line.startswith("exec {answers}")), "")
+    for name, says in {"scontrol": "JobState=COMPLETING", "sinfo": "n1:alloc\nn2:alloc"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\nkill -TERM $SCRIPT; echo '{says}'\n")
+        (tmp_path / name).chmod(0o755)
+    script = [
+        "set -u", "export SCRIPT=$$ SLURM_JOB_ID=7 SLURM_JOB_NODELIST=n1,n2", 'life() { echo "$*" >>"$SAID"; }',
+        'starts=0 signal="" asking=0 word=() line="" attempt=1 RUN_DIR=/data aside=()', "pause() { :; }", pipes,
+        *(function[0] for function in found if function), "trap 'ask TERM' TERM", "trap '' USR2", "hear",
+        'printf "%s|" "$signal" "${word[@]}"',
+    ]  # fmt: skip
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SAID": str(tmp_path / "said")}
+    done = subprocess.run(["bash", "-c", "\n".join(script)], env=env, capture_output=True, text=True, timeout=60)
+    word = "--restart-count|0|--job|JobState=COMPLETING|--node-states|n1:alloc n2:alloc|"
+    assert done.stdout == f"TERM|{word}", done.stderr
+    assert (tmp_path / "said").read_text().strip() == "stop /data --attempt 1 --signal TERM"
 
 
 def test_a_port_that_another_job_listens_on_is_passed_over() -> None:
@@ -127,7 +172,7 @@ STUB = """
 import os, signal, sys, time
 from pathlib import Path
 from post_training.run import ledger, manifest
-from post_training.run.directory import RunDirectory
+from post_training.run.directory import ATTEMPT_MARK, RunDirectory
 
 run, attempt, behave = RunDirectory(Path(sys.argv[1])), int(os.environ["POST_TRAINING_ATTEMPT"]), os.environ["STUB"]
 print("attempt", attempt, "rank", os.environ["RANK"], flush=True)
@@ -148,6 +193,12 @@ if os.environ["RANK"] == "0":
     (run.model / "weights").write_text("w")
     manifest.write(run.model, identity="x")
 """
+
+
+def without_mark(text: str) -> str:
+    """What an attempt said after its first line, which is in both streams."""
+    assert ATTEMPT_MARK.match(text.removeprefix("\n")), text
+    return text.split("\n", 2)[2]
 
 
 class Script:
@@ -182,7 +233,7 @@ class Script:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             raise
-        return process.returncode, out, err
+        return process.returncode, without_mark(out), without_mark(err)
 
     def history(self) -> History:
         return summarise(ledger.read(self.run.ledger))

@@ -25,7 +25,7 @@ from transformers import Trainer
 from conf.check import ConfigError
 from launchers.selection import select
 from launchers.submission import make_plan
-from launchers.submit import _Undo, write
+from launchers.submit import Code, Undo, write
 from post_training import train
 from post_training.run.directory import RunDirectory
 from post_training.stages import common
@@ -143,7 +143,7 @@ def test_the_file_is_frozen_with_the_run(tmp_path: Path) -> None:
         return submitted(tmp_path, f"grpo.reward.functions=[{{path: '{path}:brief', weight: 0.5}}]")
 
     first = plan(file)
-    write(first, _Undo())
+    write(first, Undo(), Code())
     planned = first.stages["grpo"]
     (function,) = yaml.safe_load(planned.run.config.read_text())["grpo"]["reward"]["functions"]
     place, _, name = function["path"].rpartition(":")

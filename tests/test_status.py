@@ -16,7 +16,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from launchers import local, runs, slurm, states, status, table
+from launchers import local, runs, site, slurm, states, status, table
+from launchers.errors import LaunchError
 from post_training.run import ledger, manifest
 from post_training.run.directory import RunDirectory
 from post_training.run.history import History, summarise
@@ -91,7 +92,7 @@ SLURM_CASES: list[tuple[tuple[str, ...], Any, str, str | None]] = [
     ((*RUNNING, "stop", "late"), job("PENDING", "BeginTime"), "requeued",
      "held for a moment after a requeue; left without saving (status 124)"),
     (RUNNING, job("REQUEUED"), "requeued", "SLURM is requeueing it"),
-    (RUNNING, job("REQUEUE_HOLD"), "requeued", "held: scontrol release 7"),
+    (RUNNING, job("REQUEUE_HOLD"), "requeued", "held: python -m launchers.release"),
     (RUNNING, job("PREEMPTED"), "requeued", "preempted by a job that comes first"),
     # running
     (("submitted",), job("RUNNING"), "running", "starting"),
@@ -305,7 +306,7 @@ def test_a_job_is_found_though_its_submission_was_not_written_down(outputs: Outp
     assert rows["dpo"]["reason"] == "waits for sft"
     assert (rows["kto"]["state"], rows["kto"]["job_id"]) == ("waiting", None)
     assert rows["kto"]["reason"] == "not submitted yet" and kto.root.is_dir()
-    assert len(outputs.calls()) == 2
+    assert len(outputs.calls()) == 1 and "--jobs" not in outputs.calls()[0]
     outputs.squeue("", code=1, error="slurm_load_jobs error")
     rows = outputs.rows()
     assert rows["dpo"]["state"] == rows["kto"]["state"] == "unknown"
@@ -323,7 +324,7 @@ def test_nothing_is_asked_where_all_is_done(tmp_path: Path) -> None:
 def test_the_table_says_what_the_json_says(outputs: Outputs) -> None:
     rows = outputs.rows()
     text = outputs.status().stdout.splitlines()
-    assert text[0] == "pipeline full"
+    assert text[0].startswith("pipeline full: done not before ")
     assert text[-1].startswith("goodput ")
     shown = {line.split()[0]: line for line in text[2:-1]}
     assert list(shown) == list(rows)
@@ -346,7 +347,7 @@ def test_the_table_fits_its_terminal(outputs: Outputs, columns: int) -> None:
 
 def test_without_pipeline_json_the_folders_speak(outputs: Outputs) -> None:
     def without_clock() -> dict[str, dict[str, Any]]:
-        timed = ("goodput", "held_seconds", "seconds", "lost_by_cause")
+        timed = ("goodput", "held_seconds", "seconds", "lost_by_cause", "eta_seconds", "changed")
         return {name: {k: v for k, v in row.items() if k not in timed} for name, row in outputs.rows().items()}
 
     with_graph = without_clock()
@@ -354,6 +355,255 @@ def test_without_pipeline_json_the_folders_speak(outputs: Outputs) -> None:
     assert without_clock() == with_graph
     (outputs.base / "full" / "pipeline.json").write_text('{"stages": [1]}')
     assert without_clock() == with_graph
+
+
+# --------------------------------------------------------------------------------- at scale: one call
+
+
+def record(job_id: str, state: str = "PENDING", reason: str = "Priority", start: str = "N/A", comment: str = "") -> str:
+    return f"{job_id}|{state}|{reason}|0:00|4:00:00|2||gpu|N/A|{start}|(null)|{comment}\n"
+
+
+def test_any_number_of_jobs_is_one_call(outputs: Outputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{outputs.bin}:{os.environ['PATH']}")
+    ids = [str(7_000_000 + i) for i in range(1200)]
+    outputs.squeue("".join(record(i) for i in [*ids, "1"]))
+    found = slurm.jobs(ids)
+    assert not isinstance(found, slurm.Unknown) and set(found) == set(ids)
+    (call,) = outputs.calls()
+    assert f"--jobs={','.join(ids)}" in call.split() and "--array" in call.split()
+    many = [str(700_000_000 + i) for i in range(20_000)]  # more than one argument holds: all jobs are asked for
+    found = slurm.jobs(many)
+    assert found == {} and len(outputs.calls()) == 2 and "--jobs" not in outputs.calls()[1]
+    assert slurm.jobs([]) == {} and len(outputs.calls()) == 2
+
+
+def test_the_elements_of_an_array_are_jobs(tmp_path: Path) -> None:
+    made = Outputs(tmp_path)
+    for i in range(3):
+        made.run(f"sft_{i}", job_id=f"123_{i}")
+    made.squeue(record("123_0", "RUNNING", "None") + record("123_2", reason="JobArrayTaskLimit"))
+    rows = made.rows()
+    assert [rows[f"sft_{i}"]["state"] for i in range(3)] == ["running", "cancelled", "queued"]
+    assert rows["sft_2"]["reason"] == "the sweep's limit of jobs at a time is reached"
+    assert len(made.calls()) == 1 and "--jobs=123" in made.calls()[0].split()
+
+
+def test_slurms_expected_start_is_told_and_counted(tmp_path: Path) -> None:
+    made = Outputs(tmp_path)
+    step = {"event": "checkpoint_saved", "attempt": 1, "step": 100}
+    again = {"event": "attempt_ended", "attempt": 1, "outcome": "stopped", "action": "requeue", "reason": None}
+    made.run("sft", job_id="7", events=({**STARTED, "job_id": "7"}, TRAINING, step, again), steps=100)
+    start = time.time() + 2 * 3600
+    made.squeue(record("7", start=time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(start))))
+    row = made.rows()["sft"]
+    assert row["reason"].startswith("other jobs come first; SLURM expects to start it at ")
+    assert row["reason"].endswith("in 2 h") and row["expected_start"] == pytest.approx(start, abs=1.5)
+    assert row["eta_seconds"] == pytest.approx(2 * 3600 + 200, abs=5) and not row["eta_at_least"]
+    made.squeue(record("7"))
+    row = made.rows()["sft"]
+    assert row["expected_start"] is None and row["eta_at_least"] and row["eta_seconds"] == pytest.approx(200, abs=2)
+    made.squeue(record("7", reason="BeginTime"))  # the requeue hold, of which nearly nothing is over
+    row = made.rows()["sft"]
+    assert not row["eta_at_least"] and row["eta_seconds"] == pytest.approx(321, abs=5)
+    site.write(made.base, "h100", site.Site(asked=time.time(), requeue_hold_seconds=6.0))
+    assert made.rows()["sft"]["eta_seconds"] == pytest.approx(321, abs=5)  # the config names no cluster
+    config = made.base / "full" / "sft" / "config.yaml"
+    config.write_text(config.read_text().replace('"cluster": {', '"cluster": {"name": "h100", '))
+    assert made.rows()["sft"]["eta_seconds"] == pytest.approx(206, abs=5)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0, "0 s"), (59, "59 s"), (60, "1 min"), (7000, "2 h"), (100000, "28 h"), (200000, "2 days")]
+)
+def test_rough_times(seconds: float, said: str) -> None:
+    assert states.roughly(seconds) == said
+
+
+def test_accounting_is_asked_only_where_it_is_wanted(outputs: Outputs) -> None:
+    sacct = outputs.bin / "sacct"
+    sacct.write_text(f'#!/bin/sh\necho "$@" >>"{outputs.bin}/sacct_calls"\n'
+                     'echo "103|TIMEOUT|0:15|2026-11-22T01:02:03|n3"\n')  # fmt: skip
+    sacct.chmod(0o755)
+    outputs.squeue(squeue_line("102", "RUNNING", "None"))
+    without = outputs.rows()
+    assert not (outputs.bin / "sacct_calls").exists() and without["rm"]["accounting"] is None
+    rows = outputs.rows("--sacct")
+    assert rows["rm"]["accounting"]["state"] == "TIMEOUT" and rows["rm"]["state"] == without["rm"]["state"]
+    assert rows["rm"]["reason"].endswith("accounting says TIMEOUT, status 0:15, at 2026-11-22 01:02:03")
+    assert rows["sft"]["accounting"] is None and rows["ppo"]["accounting"] is None
+    (call,) = (outputs.bin / "sacct_calls").read_text().splitlines()
+    assert "--jobs=103,104" in call
+    sacct.write_text("#!/bin/sh\necho 'Slurm accounting storage is disabled' >&2\nexit 1\n")
+    assert "(sacct: Slurm accounting storage is disabled)" in outputs.rows("--sacct")["rm"]["reason"]
+
+
+# ----------------------------------------------------------------------------------- filters and order
+
+
+def test_filters_choose_rows_and_the_pipeline_stays_whole(outputs: Outputs) -> None:
+    assert set(outputs.rows("--state", "running,done")) == {"base", "sft", "eval_base"}
+    assert set(outputs.rows("--state=running", "--state=waiting", "--stage", "sft,rm")) == {"sft", "rm"}
+    assert set(outputs.rows("--stage=eval")) == {"eval_base"}  # a technique
+    old = RunDirectory(outputs.base / "full" / "rm")
+    write_ledger(old, (90000, "submitted", {"job_id": "103", "cluster": "h100"}))
+    assert set(outputs.rows("--since", "1h")) == {"base", "sft", "ppo", "eval_base"}
+    assert set(outputs.rows("--since", "2d")) == {"base", "sft", "rm", "ppo", "eval_base"}
+    assert set(outputs.rows("--since", "2100-01-01")) == set()
+    said = outputs.status("--state", "running")
+    assert said.stdout.splitlines()[-1] == "1 of 5 runs" and "rm" not in said.stdout
+    one = json.loads(outputs.status("--state", "done", "--json").stdout)
+    assert all(row["held_seconds"] == 0 for row in one["runs"])
+    assert [p["pipeline"] for p in one["pipelines"]] == ["full"] and one["pipelines"][0]["held_seconds"] > 0
+    assert "none of 5 runs" in outputs.status("--state", "failed").stdout
+
+
+def test_mine_is_what_i_own(outputs: Outputs) -> None:
+    rows = [{"run_dir": str(outputs.base / "full" / "sft")}, {"run_dir": "/nowhere"}, {"run_dir": "\0"}]
+    assert status.select(rows, status.Wanted(user=os.getuid())) == rows[:1]
+    assert status.select(rows, status.Wanted(user=os.getuid() + 1)) == []
+    assert set(outputs.rows("--mine")) == {"base", "sft", "rm", "ppo", "eval_base"}
+
+
+@pytest.mark.parametrize("by", status.SORTS)
+def test_every_order_is_one_table_of_all(outputs: Outputs, by: str) -> None:
+    said = outputs.status("--sort", by).stdout.splitlines()
+    assert said[0].split()[:2] == ["PIPELINE", "STAGE"] and len(said) == 6
+    assert sorted(line.split()[1] for line in said[1:]) == ["base", "eval_base", "ppo", "rm", "sft"]
+
+
+def test_orders() -> None:
+    def row(name: str, **fields: Any) -> dict[str, Any]:
+        empty = {"state": "done", "changed": None, "elapsed_seconds": None, "eta_seconds": None, "goodput": None}
+        return {"stage": name, "pipeline": "p", **empty, **fields}
+
+    rows = [row("a"), row("b", state="failed", changed=5.0, elapsed_seconds=3, eta_seconds=9.0, goodput=0.5),
+            row("c", state="running", changed=9.0, elapsed_seconds=4, eta_seconds=1.0, goodput=0.25)]  # fmt: skip
+
+    def names(by: str | None) -> str:
+        return "".join(r["stage"] for r in status.order(rows, by))
+
+    assert (names(None), names("state"), names("changed"), names("time")) == ("abc", "bca", "cba", "cba")
+    assert (names("eta"), names("goodput"), names("stage"), names("pipeline")) == ("cba", "cba", "abc", "abc")
+    assert sorted(status.INTEREST) == sorted(states.STATES)
+
+
+@pytest.mark.parametrize(("text", "ago"), [("90s", 90), ("30m", 1800), ("2h", 7200), ("3d", 259200), ("1w", 604800)])
+def test_since(text: str, ago: float) -> None:
+    assert status.parse_since(text, 1e9) == 1e9 - ago
+
+
+@given(st.text(max_size=12))
+@example("99999999d")
+@example("0001-01-01")
+@example("²h")
+def test_since_never_breaks(text: str) -> None:
+    try:
+        assert isinstance(status.parse_since(text, 1e9), float | int)
+    except LaunchError:
+        pass
+
+
+@pytest.mark.parametrize(("height", "width"), [(22, 80), (48, 200), (8, 40)])
+def test_a_thousand_runs_fit_a_terminal(outputs: Outputs, height: int, width: int) -> None:
+    one = outputs.rows()
+    found = ["done"] * 900 + ["waiting"] * 97 + ["failed", "running", "unknown"]
+    rows = [{**one["sft"], "pipeline": f"p{i}", "state": state, "reason": None} for i, state in enumerate(found)]
+    rows[-1]["reason"] = "x" * 300
+    view = status.View(rows, runs.pipelines_of(rows), 1000)
+    shown = status.fit(view, width, height, False, False, False)
+    assert len(shown) <= height and all(len(line) <= width for line in shown)
+    states_shown = [line for line in shown if "sft" in line]
+    assert "failed" in states_shown[0] and "unknown" in states_shown[1] and "running" in states_shown[2]
+    rest = shown[-1].split()
+    assert rest[0] == "..." and int(rest[1]) == 1000 - len(states_shown) and f"{900} done" in shown[-1]
+    view = status.View(rows[:2], runs.pipelines_of(rows[:2]), 2)
+    assert status.fit(view, 200, 48, False, False, False) == list(status.lines(rows[:2], 200))
+
+
+def test_looking_again_reads_only_what_has_changed(outputs: Outputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{outputs.bin}:{os.environ['PATH']}")
+    read: list[str] = []
+    for module, name in ((table, "read_history"), (table, "read_metrics"), (runs, "_read_config")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given, real=real, name=name: read.append(name) or real(*given))
+    files = runs.Files(keep=True)
+
+    def rows() -> list[dict[str, Any]]:
+        clocks = {"eta_seconds", "seconds", "held_seconds", "goodput", "elapsed_seconds", "lost_by_cause"}
+        read.clear()
+        found = runs.collect(outputs.base, [], files=files)
+        return [{k: v for k, v in row.items() if k not in clocks} for row in found]
+
+    first = rows()
+    assert len(read) == 15 and rows() == first and read == []
+    sft = RunDirectory(outputs.base / "full" / "sft")
+    ledger.append(sft.ledger, "checkpoint_saved", attempt=1, step=7, seconds=1.0)
+    changed = {row["stage"]: row for row in rows()}
+    assert read == ["read_history"] and changed["sft"]["checkpoint_step"] == 7
+    (outputs.base / "full" / "base" / "model" / "weights").unlink()
+    assert {row["stage"]: row for row in rows()}["base"]["state"] == "cancelled"  # its job is gone too
+    (outputs.base / "full" / "rm" / "config.yaml").write_text("a: [1")
+    assert {row["stage"]: row for row in rows()}["rm"]["state"] == "unknown"
+
+
+# ------------------------------------------------------------------------------------------ bad input
+
+
+def test_names_with_blanks_and_quotes(tmp_path: Path) -> None:
+    made = Outputs(tmp_path)
+    made.run("s'f \"t", job_id="7", pipeline="it's \"mine\" $(x) \x1b[31m")
+    made.write_graphs()
+    made.squeue(record("7", "RUNNING", "None"))
+    (row,) = made.rows().values()
+    assert (row["state"], row["stage"]) == ("running", "s'f \"t")
+    said = made.status()
+    assert said.returncode == 0 and "\x1b" not in said.stdout and "it's \"mine\" $(x)" in said.stdout
+
+
+def test_clocks_that_go_back(tmp_path: Path) -> None:
+    made = Outputs(tmp_path)
+    run = made.run("sft", job_id="7")
+    write_ledger(
+        run,
+        (100, "submitted", {"job_id": "7", "cluster": "h100"}),
+        (-5000, "attempt_started", {"attempt": 1, "job_id": "7"}),
+        (200, "training_started", {"attempt": 1, "step": 0}),
+        (-900, "checkpoint_saved", {"attempt": 1, "step": 5, "seconds": 1.0}),
+    )
+    made.squeue(record("7", "RUNNING", "None"))
+    row = made.rows()["sft"]
+    assert row["state"] == "running" and row["changed"] <= time.time()
+    assert all(value >= 0 for value in row["seconds"].values()) and row["elapsed_seconds"] == 0
+
+
+def test_anothers_folder_is_not_looked_into_and_the_rest_is_shown(outputs: Outputs) -> None:
+    """As nobody, in a process of its own: root may look everywhere."""
+    code = (
+        "import os, sys\n"
+        "from launchers import runs\n"
+        "from pathlib import Path\n"
+        "if os.getuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "for row in runs.collect(Path(sys.argv[1]), []): print(row['stage'], row['state'], row['reason'])\n"
+    )
+    outputs.run("secret", job_id="106", pipeline="theirs")
+    (outputs.base / "theirs").chmod(0o700 if os.getuid() == 0 else 0)
+    (outputs.base / "full" / "sft" / "ledger.jsonl").chmod(0o600 if os.getuid() == 0 else 0)
+    reach = outputs.base
+    while os.getuid() == 0 and reach != Path(tempfile.gettempdir()) and reach != reach.parent:
+        reach.chmod(0o755)
+        reach = reach.parent
+    env = {**os.environ, "PATH": f"{outputs.bin}:{os.environ['PATH']}", "PYTHONPATH": str(REPO)}
+    (outputs.bin / "squeue").chmod(0o755)
+    (outputs.bin / "calls").touch()
+    (outputs.bin / "calls").chmod(0o666)
+    said = subprocess.run([sys.executable, "-c", code, str(outputs.base)], env=env, capture_output=True, text=True,
+                          cwd=outputs.base, check=False)  # fmt: skip
+    (outputs.base / "theirs").chmod(0o755)
+    assert said.returncode == 0, said.stderr
+    lines = dict(line.split(" ", 1) for line in said.stdout.splitlines())
+    assert lines["sft"] == "unknown ledger.jsonl cannot be read: Permission denied"
+    assert lines["rm"] == "waiting waits for sft" and "secret" not in lines
 
 
 # ----------------------------------------------------------------------------- where the time went
@@ -536,6 +786,9 @@ def test_a_stage_that_was_never_submitted_waits(outputs: Outputs) -> None:
         (["pipeline=full"], ["pipeline=full", "run_name=NAME"]),
         (["run_name="], ["run_name=", "no value"]),
         (["--watch=0"], ["--watch=0", "at least 0.1"]),
+        (["--state=runing"], ["--state=runing", "did you mean 'running'?"]),
+        (["--sort=size"], ["--sort=size", "one of: pipeline"]),
+        (["--since=soon"], ["--since=soon", "2h"]),
     ],
 )
 def test_bad_input_is_one_message(outputs: Outputs, argv: list[str], says: list[str]) -> None:

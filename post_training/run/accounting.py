@@ -140,6 +140,7 @@ def account(
     progress: Mapping[str, Any] | None = None,
     now: float | None = None,
     since_last_sign: str | None = None,
+    sound: bool = False,
 ) -> Account:
     """Name every second from the first submission to the end, or to `now`. Pure.
 
@@ -148,8 +149,9 @@ def account(
     now: epoch seconds; None: as far as the events tell.
     since_last_sign: what the time since the run's last sign of life is, where that is known from elsewhere: "stopped"
     (SLURM has forgotten the job) or "lost" (it was requeued, and its attempt is not closed); None: what it did then.
+    sound: all events are known to be.
     """
-    return _tally(_marks(events, progress, now), since_last_sign)
+    return _tally(_marks(events, progress, now, sound), since_last_sign)
 
 
 def spans(
@@ -169,10 +171,12 @@ def spans(
     return found
 
 
-def _marks(events: Iterable[Event], progress: Mapping[str, Any] | None, now: float | None) -> list[_Mark]:
+def _marks(
+    events: Iterable[Event], progress: Mapping[str, Any] | None, now: float | None, sound: bool = False
+) -> list[_Mark]:
     """What the run was doing from which moment on, with the moment at which the telling ends as the last one."""
     limit = _milliseconds(now)
-    marks, latest = _timeline(events, limit)
+    marks, latest = _timeline(events, limit, sound)
     if not marks:
         return []
     last = marks[-1][1]
@@ -194,17 +198,20 @@ def _marks(events: Iterable[Event], progress: Mapping[str, Any] | None, now: flo
 _Mark = tuple[int, "str | _Attempt"]
 
 
-def _timeline(events: Iterable[Event], limit: int | None) -> tuple[list[_Mark], int]:
+def _timeline(events: Iterable[Event], limit: int | None, sound: bool = False) -> tuple[list[_Mark], int]:
     """What the run was doing from which moment on, and the newest moment. Clocks that go back stand still."""
     marks: list[_Mark] = []
     clock, restarted = 0, False
     for event in events:
         time = _milliseconds(event.get("time"))
-        if time is None or not is_sound(event):
+        if time is None or not (sound or is_sound(event)):
             continue
-        clock = max(clock, time if limit is None else min(time, limit))
+        if limit is not None and time > limit:
+            time = limit
+        if time > clock:
+            clock = time
         state = marks[-1][1] if marks else None
-        running = state if isinstance(state, _Attempt) else None
+        running = state if type(state) is _Attempt else None
         if running is not None and event.get("attempt", running.number) == running.number:
             own = running  # what an earlier attempt's surviving ranks write is not the newest one's
         else:
@@ -324,9 +331,9 @@ def _tally(marks: list[_Mark], since_last_sign: str | None) -> Account:
 
 def _milliseconds(value: object) -> int | None:
     """Seconds as whole milliseconds, so that sums are exact; None for what is no time."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+    if type(value) is not float and type(value) is not int:  # no isinstance: a look asks a million times; no bool
         return None
-    return round(value * 1000)
+    return round(value * 1000) if 0 <= value < 1e300 else None  # not: NaN, infinity
 
 
 def together(accounts: Iterable[Account]) -> Account:

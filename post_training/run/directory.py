@@ -8,8 +8,9 @@
       inference_checkpoints/step-N/
       model/                      the output, manifest last
       logs/                       metrics.jsonl, environment.jsonl, data.json, TensorBoard, stacks of a hang
-      slurm/                      job.sh, slurm-<jobid>.out/.err (appended), failure_count, stop_request,
-                                  newest_attempt, progress.json (live figures), error-N (why attempt N failed)
+      slurm/                      job.sh, slurm-<jobid>.out/.err (appended, see ATTEMPT_MARK), failure_count,
+                                  stop_request, newest_attempt, progress.json (live figures), error-N (why attempt N
+                                  failed)
       ledger.jsonl                attempts and events
 
 Both sides use it: the login node to write and look, the compute node to run. No torch here.
@@ -20,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,20 +29,33 @@ from typing import Any, cast
 
 import yaml
 
+ATTEMPT_MARK = re.compile(
+    r"^=== attempt (?P<attempt>\d{1,9}) of job (?P<job_id>\S+): (?P<ranks>\d{1,6}) ranks? on (?P<nodes>.*) "
+    r"at (?P<time>\S+)$",
+    re.MULTILINE,
+)
+"""The line with which a job script begins its part of slurm-<jobid>.out and .err (templates/job.sh.j2). With several
+ranks each line that a rank wrote has its number before it: `3: ...`."""
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old text or the new one: temporary file, fsync, rename."""
+
+def write_atomic(path: Path, text: str, durable: bool = True) -> None:
+    """Write a file so that a reader sees the old text or the new one: temporary file, fsync, rename.
+
+    durable: False leaves it to the system when it is on the disk, for files that a power cut may take.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    fsync_path(path.parent)
+    if durable:
+        fsync_path(path.parent)
 
 
 def fsync_path(path: Path) -> None:

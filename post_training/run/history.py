@@ -39,6 +39,9 @@ class History:
     gave_up: bool = False  # the run ended itself: no further attempt follows by itself
     reason: str | None = None  # why the run was cancelled or gave up
     cancelled: bool = False
+    cancel_wish: str | None = None  # who asked for the newest submission to be cancelled; stands until the next one
+    cancel_job: str | None = None  # the job that this was about
+    held_by: str | None = None  # who asked for it to be held, and did not release it
 
     @property
     def failed(self) -> bool:
@@ -59,31 +62,39 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "checkpoint_saved": {"step": int},
     "attempt_ended": {"outcome": str, "action": str, "reason": (str, type(None)), "time": (int, float)},
     "cancelled": {"reason": str},
+    "asked": {"what": str, "user": str, "job_id": str},
 }
 """What an event must have to be folded; one that lacks it (damaged, of another version) is passed over."""
 
 
 def is_sound(event: Event) -> bool:
     """Whether an event has what `summarise` takes from it."""
-    needs = FIELDS.get(event["event"], {})
-    return all(isinstance(event.get(name), kind) for name, kind in needs.items())
+    needs = FIELDS.get(event["event"])
+    if needs is None:
+        return True
+    for name, kind in needs.items():  # noqa: SIM110 (`all` of a generator takes twice the time, and status asks often)
+        if not isinstance(event.get(name), kind):
+            return False
+    return True
 
 
 def _names(value: object) -> list[str]:
     return [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
 
 
-def summarise(events: Iterable[Event]) -> History:
-    """Fold a ledger's events into one History."""
+def summarise(events: Iterable[Event], sound: bool = False) -> History:
+    """Fold a ledger's events into one History. sound: all of them are known to be."""
     history = History()
     for event in events:
-        if not is_sound(event):
+        if not (sound or is_sound(event)):
             continue
         match event["event"]:
             case "submitted":
                 history.submitted, history.cluster = event["time"], event["cluster"]
                 if history.running and history.job_id == event["job_id"]:
                     continue  # the job began before its submission was written down
+                if history.cancel_job != event["job_id"] or event["cluster"] == "local":
+                    history.cancel_wish = history.cancel_job = history.held_by = None
                 history.failures = 0  # whoever submits a run again wants all of its attempts
                 history.attempts_without_progress = 0
                 history.job_id = event["job_id"]
@@ -124,6 +135,11 @@ def summarise(events: Iterable[Event]) -> History:
                 history.lost_nodes.update(_names(event.get("lost_nodes")))
                 if isinstance(event.get("step"), int):
                     history.last_step = max(history.last_step, event["step"])
+            case "asked":
+                if event["what"] == "cancel":
+                    history.cancel_wish, history.cancel_job = event["user"], event["job_id"]
+                elif event["what"] in ("hold", "release"):
+                    history.held_by = event["user"] if event["what"] == "hold" else None
             case "cancelled":
                 history.cancelled, history.reason = True, event.get("reason")
                 history._not_running()

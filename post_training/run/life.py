@@ -34,8 +34,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from post_training.run import gate, ledger, manifest, progress
-from post_training.run.directory import Fenced, RunDirectory, write_atomic
+from post_training.run import gate, ledger, manifest, notify, progress
+from post_training.run.directory import ATTEMPT_MARK, Fenced, RunDirectory, write_atomic
 from post_training.run.history import FAILED, History, summarise
 
 T = TypeVar("T")
@@ -56,6 +56,8 @@ GATED = 88
 """Exit code of an eval's job script, and of `begin`, where the output is whole and the gate does not hold."""
 BUSY = 4
 """Exit code of `begin` where another job has the run, as far as the ledger knows; prints that job's id."""
+CANCELLED = 6
+"""Exit code of `begin` where a user cancelled the job: no attempt begins."""
 AVOID = 5
 """Exit code of `begin` on a node that failed this run before; prints the nodes to avoid."""
 ASKED = 143
@@ -115,6 +117,7 @@ class Evidence:
     stderr: str = ""  # the end of the job's error stream
 
 
+ON_REQUEST = "stopped on request"
 SLURM_OOM = re.compile(r"oom[-_]kill|Out Of Memory|[Ee]xceeded (job |step )?memory limit")
 """What slurmstepd and srun print where a task was killed for its memory."""
 
@@ -132,7 +135,7 @@ def classify(seen: Evidence) -> tuple[str, str | None]:
     if seen.word.cause in ("preempted", "cancelled"):
         return seen.word.cause, unsaved
     if seen.signal is not None or seen.code == STOPPED:
-        return "stopped", "stopped on request" if seen.answered else unsaved
+        return "stopped", ON_REQUEST if seen.answered else unsaved
     if seen.hung or seen.code == HUNG:
         return "hung", "no step for slurm.watchdog_minutes; what each rank was doing is in logs/stacks"
     if seen.code == OUT_OF_MEMORY or SLURM_OOM.search(seen.stderr):
@@ -158,6 +161,7 @@ class Ending:
     reason: str | None = None
     gave_up: bool = False
     by_slurm: bool = False  # SLURM itself requeues or ends the job: the script waits for it
+    cancelled: bool = False  # by a user, who let it save first: the script has SLURM cancel the job
 
 
 def decide(
@@ -166,6 +170,10 @@ def decide(
     """What follows an outcome. Pure. history: before this end was recorded."""
     if outcome == "finished":
         return Ending(outcome, "exit", 0)
+    if history.cancel_wish is not None:  # whoever else wants to end or requeue it meanwhile
+        by = f"cancelled by {history.cancel_wish}"
+        reason = f"{by}; {reason}" if reason and outcome != "cancelled" and reason != ON_REQUEST else by
+        return Ending(outcome if outcome in FAILED else "cancelled", "exit", ASKED, reason, cancelled=True)
     if word.cause in ("preempted", "node_lost") and outcome == word.cause:
         return Ending(outcome, "requeue", ASKED, reason, by_slurm=True)
     if outcome == "cancelled":
@@ -213,7 +221,7 @@ class Begun:
     """What `begin` found: the number of the new attempt, or why there is none."""
 
     attempt: int | None = None
-    code: int = 0  # DONE, GATED, BUSY or AVOID
+    code: int = 0  # DONE, GATED, BUSY, CANCELLED or AVOID
     says: str = ""  # why the gate does not hold, another job's id, or the nodes to avoid
 
 
@@ -244,6 +252,9 @@ def begin(
         if history.running:
             close_lost_attempt(run, history, same_job=history.job_id == job_id)
             history = summarise(ledger.read(run.ledger))
+        if history.cancel_wish is not None and history.cancel_job == job_id:
+            _cancelled(run, history.cancel_wish)
+            return Begun(code=CANCELLED, says=f"cancelled by {history.cancel_wish}")
         avoid = _avoid(history, config)
         if not sole and set(nodes) & set(avoid):
             ledger.append(run.ledger, "avoided", job_id=job_id, nodes=sorted(set(nodes) & set(avoid)))
@@ -259,6 +270,12 @@ def begin(
             restart_count=restart_count, slurm_cluster=cluster,
         )  # fmt: skip
         return Begun(attempt)
+
+
+def _cancelled(run: RunDirectory, user: str) -> None:
+    """Write down that a user's wish was followed, here and for what waits for this run."""
+    cancel_dependents(run, f"upstream {run.name} was cancelled by {user}")
+    ledger.append(run.ledger, "cancelled", reason=f"cancelled by {user}")
 
 
 def held_back(run: RunDirectory) -> str | None:
@@ -336,20 +353,22 @@ def end(
             code=code, signal=signal, word=word, answered=history.answered or code in (STOPPED, 0),
             whole=manifest.problem(run.model) is None,
             hung=any(p.stat().st_size for p in run.stacks(attempt, 0).parent.glob(run.stacks(attempt, "*").name)),
-            error=_error(run, attempt), stderr=_tail(run.stderr(history.job_id or "")),
+            error=_error(run, attempt), stderr=_said(run, history.job_id or ""),
         )  # fmt: skip
         outcome, reason = classify(seen)
         ending = decide(outcome, reason, code, word, signal, history, _limits(config))
     if ending.outcome == "finished" and (why := gate.failure(run, config.get("gate"))) is not None:
         cancel_dependents(run, f"gate of {run.name}: {why}")
         ending = Ending("finished", "exit", GATED, f"gate: {why}")
-    if ending.gave_up or ending.outcome == "cancelled":
+    if ending.gave_up or (ending.outcome == "cancelled" and not ending.cancelled):
         cancel_dependents(run, f"upstream {run.name} {'failed' if ending.gave_up else 'was cancelled'}"
                           + (f": {ending.reason}" if ending.reason else ""))  # fmt: skip
     # last, so that on a full disk all of this can be tried again
     record_end(run, history, attempt, code, ending, word)
     if signal == "USR1":
         _warn_of_short_lead(run, config["slurm"].get("signal_time_seconds"))
+    if ending.cancelled:
+        _cancelled(run, str(history.cancel_wish))
     return ending
 
 
@@ -386,21 +405,37 @@ def cancel_dependents(run: RunDirectory, reason: str) -> None:
     """
     if run.read_config().get("cluster", {}).get("scheduler") != "slurm":
         return
+    told = {run.root}
+    for folder in pipelines_of(run):
+        for root in _after(run.root, folder):
+            other = RunDirectory(root)
+            if root in told or not other.ledger.exists() or manifest.problem(other.model) is None:
+                continue
+            told.add(root)
+            history = summarise(ledger.read(other.ledger))
+            if history.job_id is not None and not history.running and not history.cancelled:
+                ledger.append(other.ledger, "cancelled", reason=reason)
+
+
+def pipelines_of(run: RunDirectory) -> list[Path]:
+    """The folders of the pipelines that use a run: its own, and those that it is shared with."""
+    shared = (event.get("pipelines") for event in ledger.read(run.ledger) if event["event"] == "shared")
+    names = [name for given in shared if isinstance(given, list) for name in given if isinstance(name, str)]
+    sound = [name for name in names if name == Path(name).name]
+    return [run.root.parent.parent / name for name in dict.fromkeys([run.pipeline, *sound])]
+
+
+def _after(root: Path, folder: Path) -> list[Path]:
+    """Run directories of a pipeline's stages that come after the one in `root`, as its pipeline.json says."""
     try:
-        stages = json.loads((run.root.parent / "pipeline.json").read_text())["stages"]
+        stages = json.loads((folder / "pipeline.json").read_text())["stages"]
         roots = {name: Path(entry["run_dir"]) for name, entry in stages.items()}
-        lost = {name for name, root in roots.items() if root == run.root}
+        lost = {name for name, other in roots.items() if other == root}
         for _ in stages:
             lost |= {name for name, entry in stages.items() if lost & set(entry.get("after") or ())}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return
-    for name in lost:
-        other = RunDirectory(roots[name])
-        if other.root == run.root or not other.ledger.exists() or manifest.problem(other.model) is None:
-            continue
-        history = summarise(ledger.read(other.ledger))
-        if history.job_id is not None and not history.running and not history.cancelled:
-            ledger.append(other.ledger, "cancelled", reason=reason)
+        return []
+    return [roots[name] for name in stages if name in lost]
 
 
 def guard(run: RunDirectory, attempt: int) -> bool:
@@ -426,13 +461,16 @@ def _error(run: RunDirectory, attempt: int) -> str | None:
         return None
 
 
-def _tail(path: Path) -> str:
+def _said(run: RunDirectory, job_id: str) -> str:
+    """The end of the job's error stream, and nothing of earlier attempts."""
     try:
-        with path.open("rb") as file:
+        with run.stderr(job_id).open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-            return file.read().decode(errors="replace")
+            text = file.read().decode(errors="replace")
     except OSError:
         return ""
+    marks = list(ATTEMPT_MARK.finditer(text))
+    return text[marks[-1].end() :] if marks else text
 
 
 def _warn_of_short_lead(run: RunDirectory, given: int | None) -> None:
@@ -496,19 +534,28 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.command == "begin":
             nodes = re.split(r"[,\s]+", args.nodes.strip()) if args.nodes.strip() else []
-            begun = patiently(
-                lambda: begin(run, args.job_id, nodes, args.restart_count, args.sole, args.gone, args.cluster),
-                PATIENCE_S,
-            )
+            try:
+                begun = patiently(
+                    lambda: begin(run, args.job_id, nodes, args.restart_count, args.sole, args.gone, args.cluster),
+                    PATIENCE_S,
+                )
+            except RuntimeError:
+                notify.tell(run)  # it gave up before it began
+                raise
+            if begun.attempt is not None or begun.code in (DONE, GATED):  # else another job has the run
+                notify.tell(run)
             if begun.code == DONE:
                 print(f"{run.root} is finished: nothing to do", file=sys.stderr)
             elif begun.code == GATED:
                 print(f"{run.root} is finished; {begun.says}", file=sys.stderr)
+            elif begun.code == CANCELLED:
+                print(f"{run.root}: {begun.says}: nothing begins", file=sys.stderr)
             else:
                 print(begun.attempt if begun.attempt is not None else begun.says)
             return begun.code
         if args.command == "guard":
-            print("requeue" if patiently(lambda: guard(run, args.attempt), 5.0) else "exit")
+            print("requeue" if patiently(lambda: guard(run, args.attempt), 5.0) else "exit", flush=True)
+            notify.tell(run)
             return 0
         word = parse_word(args.job, args.node_states, args.restart_count)
         if args.command == "stop":
@@ -522,7 +569,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _end(run: RunDirectory, args: argparse.Namespace, word: Word) -> str:
-    """What the script is to do: `requeue [nodes to avoid]`, `wait` (SLURM ends it) or `exit CODE`."""
+    """What the script is to do: `requeue [nodes to avoid]`, `wait` (SLURM ends it), `cancel` or `exit CODE`."""
     signal = args.signal or None
     try:
         # after a stop request there is no time to wait for room
@@ -532,6 +579,9 @@ def _end(run: RunDirectory, args: argparse.Namespace, word: Word) -> str:
         # not recorded; the next attempt closes this one, and waits for room itself
         print(f"the end of attempt {args.attempt} could not be recorded: {error}", file=sys.stderr)
         return "wait" if signal == "TERM" else "requeue"
+    notify.tell(run)  # nothing where the job is to be requeued: that must not wait
+    if ending.cancelled:
+        return "cancel"
     if ending.by_slurm:
         return "wait"
     if ending.action == "exit":

@@ -15,13 +15,14 @@ IN_TEXT = re.compile(
 
 
 def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A frozen config for others' eyes: without the job's environment and set-up lines, and names that mean secrets."""
+    """A frozen config for others' eyes: without the job's environment and set-up lines, who is written to, and names
+    that mean secrets."""
     kept = {}
     for name, value in config.items():
-        if SECRET.search(str(name)):
+        if SECRET.search(str(name)) or name == "notify":
             continue
         if name == "slurm" and isinstance(value, Mapping):
-            value = {key: inner for key, inner in value.items() if key not in ("env", "setup")}
+            value = {key: inner for key, inner in value.items() if key not in ("env", "setup", "mail_user")}
         kept[str(name)] = without_secrets(value) if isinstance(value, Mapping) else value
     return kept
 

@@ -5,6 +5,12 @@
 RUN_DIR=/data/outputs/full/sft
 PYTHON='/opt/py thon/bin/python'
 JOB_ID=${POST_TRAINING_JOB_ID:?set by the local supervisor}
+# Both files are appended to by every attempt: launchers.logs finds them apart by this line. The number is the one that
+# `begin` will give; what modules and setup say belongs to the attempt too.
+printf -v mark '\n=== attempt %d of job %s: 1 rank on %s at %(%Y-%m-%dT%H:%M:%S%z)T' \
+  "$(($(cat "$RUN_DIR/slurm/newest_attempt" 2>/dev/null) + 1))" "$JOB_ID" "${SLURM_JOB_NODELIST:-$HOSTNAME}" -1
+echo "$mark"
+echo "$mark" >&2
 # pure SLURM output: users' formats must not change what our tools read
 unset SQUEUE_FORMAT SINFO_FORMAT SACCT_FORMAT
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
@@ -15,19 +21,34 @@ export PYTHONPATH="$RUN_DIR/code"
 cd "$RUN_DIR" || exit 2
 
 life() { "$PYTHON" -m post_training.run.life "$@"; }
+# bash 5.2 drops a trap whose signal comes while it reads $( ) or <( ), and what that stands in: from the traps on, what
+# commands say comes through a pipe. The other pipe stays empty.
+exec {answers}<> <(:) {never}<> <(:)
+line=""
+line_of() { # COMMAND...: what it says, as one line in $line
+  local status asking=1
+  "$@" | tr '\n' ' ' | head -c 32768 >&"$answers"
+  status=${PIPESTATUS[0]}
+  echo >&"$answers"
+  read -r line <&"$answers"
+  return "$status"
+}
 # wait so many seconds: a sleep that leaves no process behind when its shell is killed
-pause() { read -rt "$1" <> <(:); }
+pause() { read -rt "$1" -u "$never"; }
 # the first port from this one on that nobody listens on: another job may share the node
-# shellcheck disable=SC2188  # the redirection alone connects
+# shellcheck disable=SC2188,SC2317  # the redirection alone connects; called through line_of
 free_port() { local port=$1; while (<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 1)); done; echo "$port"; }
 
+trap '' USR1 # until there is an attempt to stop: it would end this script
 hear() { :; }                           # no SLURM to ask
 requeue() { exit 75; }  # the supervisor starts this script again
 wait_for_the_end() { exit 143; }
+cancel() { exit 143; }
 
 # the supervisor holds the run's lock
 attempt=$(life begin "$RUN_DIR" --job-id "$JOB_ID" --nodes "$(hostname)" --sole)
 code=$?
+if [ "$code" -eq 6 ]; then cancel; fi
 if [ "$code" -eq 3 ]; then exit 0; fi # finished before: a preempted job is requeued even so
 if [ "$code" -ne 0 ]; then exit "$code"; fi
 export POST_TRAINING_ATTEMPT=$attempt
@@ -37,6 +58,7 @@ interrupted=0  # a trap ran, so `wait` returned early
 late=0         # the exit code of processes that did not answer: a stop request, or the watch
 aside=()       # processes of this script that do not outlive the attempt
 word=()        # what SLURM said of the job while it ended
+asking=0       # `line_of` waits for an answer: a handler must not ask then
 
 # Handlers only record the request: the training processes look for it between steps, save and leave.
 # shellcheck disable=SC2317  # called by the traps
@@ -44,7 +66,7 @@ ask() {
   interrupted=1
   if [ -n "$signal" ]; then return; fi
   signal=$1
-  if [ "$signal" = TERM ]; then hear; fi
+  if [ "$signal" = TERM ] && [ "$asking" -eq 0 ]; then hear; fi
   life stop "$RUN_DIR" --attempt "$attempt" --signal "$signal" "${word[@]}"
   (pause 270; kill -USR2 $$) &
   aside+=("$!")
@@ -54,7 +76,8 @@ trap 'ask TERM' TERM
 trap 'interrupted=1; late=124' USR2
 trap 'interrupted=1; late=86' ALRM
 
-MASTER_PORT=$(free_port $((10000 + $$ % 20000)))
+line_of free_port $((10000 + $$ % 20000))
+MASTER_PORT=$line
 export MASTER_PORT MASTER_ADDR=127.0.0.1 WORLD_SIZE=1
 launch() {
   local rank ranks=() code=0 status
@@ -100,10 +123,12 @@ kill "${aside[@]}" 2>/dev/null
 
 # srun ends with 0 where its node was given up; why it was asked to stop, where it was, is known already
 if [ ! -e "$RUN_DIR/model/manifest.json" ] && [ -z "$signal" ]; then hear; fi
-action=$(life end "$RUN_DIR" --attempt "$attempt" --code "$code" --signal "$signal" "${word[@]}") || exit 1
+line_of life end "$RUN_DIR" --attempt "$attempt" --code "$code" --signal "$signal" "${word[@]}" || exit 1
+action=$line
 case $action in
   requeue*) requeue "${action#requeue}" ;;
   wait) wait_for_the_end ;;
+  cancel) cancel ;;
   "exit "*) exit "${action#exit }" ;;
 esac
 exit 1

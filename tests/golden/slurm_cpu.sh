@@ -18,6 +18,12 @@
 RUN_DIR=/data/outputs/full/eval
 PYTHON='/opt/py thon/bin/python'
 JOB_ID=$SLURM_JOB_ID
+# Both files are appended to by every attempt: launchers.logs finds them apart by this line. The number is the one that
+# `begin` will give; what modules and setup say belongs to the attempt too.
+printf -v mark '\n=== attempt %d of job %s: 2 ranks on %s at %(%Y-%m-%dT%H:%M:%S%z)T' \
+  "$(($(cat "$RUN_DIR/slurm/newest_attempt" 2>/dev/null) + 1))" "$JOB_ID" "${SLURM_JOB_NODELIST:-$HOSTNAME}" -1
+echo "$mark"
+echo "$mark" >&2
 # pure SLURM output: users' formats must not change what our tools read
 unset SQUEUE_FORMAT SINFO_FORMAT SACCT_FORMAT
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
@@ -28,21 +34,34 @@ export PYTHONPATH="$RUN_DIR/code"
 cd "$RUN_DIR" || exit 2
 
 life() { "$PYTHON" -m post_training.run.life "$@"; }
+# bash 5.2 drops a trap whose signal comes while it reads $( ) or <( ), and what that stands in: from the traps on, what
+# commands say comes through a pipe. The other pipe stays empty.
+exec {answers}<> <(:) {never}<> <(:)
+line=""
+line_of() { # COMMAND...: what it says, as one line in $line
+  local status asking=1
+  "$@" | tr '\n' ' ' | head -c 32768 >&"$answers"
+  status=${PIPESTATUS[0]}
+  echo >&"$answers"
+  read -r line <&"$answers"
+  return "$status"
+}
 # wait so many seconds: a sleep that leaves no process behind when its shell is killed
-pause() { read -rt "$1" <> <(:); }
+pause() { read -rt "$1" -u "$never"; }
 # the first port from this one on that nobody listens on: another job may share the node
-# shellcheck disable=SC2188  # the redirection alone connects
+# shellcheck disable=SC2188,SC2317  # the redirection alone connects; called through line_of
 free_port() { local port=$1; while (<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 1)); done; echo "$port"; }
 
+trap '' USR1 # until there is an attempt to stop: it would end this script
 starts=${SLURM_RESTART_COUNT:-0}
 
 # What SLURM says of this job and its nodes: who is ending it, if anyone.
 hear() {
-  word=(
-    --restart-count "$starts"
-    --job "$(timeout 10 scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null)"
-    --node-states "$(timeout 10 sinfo -h -N -n "$SLURM_JOB_NODELIST" -o '%N:%t' 2>/dev/null | sort -u | tr '\n' ' ')"
-  )
+  local job asking=1
+  line_of timeout 10 scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null
+  job=$line
+  line_of timeout 10 sinfo -h -N -n "$SLURM_JOB_NODELIST" -o '%N:%t' 2>/dev/null
+  word=(--restart-count "$starts" --job "$job" --node-states "$line")
 }
 
 # The same job id: dependents keep waiting. SLURM ends this script when it has taken the request.
@@ -70,6 +89,12 @@ wait_for_the_end() {
   trap '' TERM USR1
   pause 3600
   if newest; then requeue; fi
+  exit 143
+}
+
+# By a user, and what there was to save is saved: SLURM says so too, and ends the dependents.
+cancel() {
+  scancel "$SLURM_JOB_ID"
   exit 143
 }
 
@@ -103,6 +128,7 @@ while :; do
     pause 10
   fi
 done
+if [ "$code" -eq 6 ]; then cancel; fi
 if [ "$code" -eq 3 ]; then exit 0; fi # finished before: a preempted job is requeued even so
 if [ "$code" -ne 0 ]; then exit "$code"; fi
 export POST_TRAINING_ATTEMPT=$attempt
@@ -112,6 +138,7 @@ interrupted=0  # a trap ran, so `wait` returned early
 late=0         # the exit code of processes that did not answer: a stop request, or the watch
 aside=()       # processes of this script that do not outlive the attempt
 word=()        # what SLURM said of the job while it ended
+asking=0       # `line_of` waits for an answer: a handler must not ask then
 
 # Handlers only record the request: the training processes look for it between steps, save and leave.
 # shellcheck disable=SC2317  # called by the traps
@@ -119,7 +146,7 @@ ask() {
   interrupted=1
   if [ -n "$signal" ]; then return; fi
   signal=$1
-  if [ "$signal" = TERM ]; then hear; fi
+  if [ "$signal" = TERM ] && [ "$asking" -eq 0 ]; then hear; fi
   life stop "$RUN_DIR" --attempt "$attempt" --signal "$signal" "${word[@]}"
   (pause 270; kill -USR2 $$) &
   aside+=("$!")
@@ -137,13 +164,14 @@ mine=$attempt
 export LIFE_SHELL=$$
 srun --overlap --mem=0 --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" --gpus-per-node=0 --gpus=0 --input=none \
   --quiet bash -c '
+    exec {never}<> <(:)
     trap "" TERM
     trap "exit 0" USR1
-    while kill -0 "$LIFE_SHELL" 2>/dev/null; do read -rt 0.5 <> <(:); done
+    while kill -0 "$LIFE_SHELL" 2>/dev/null; do read -rt 0.5 -u "$never"; done
     case $("$0" -m post_training.run.life guard "$1" --attempt "$2") in
       requeue)
         until said=$(scontrol requeue "$SLURM_JOB_ID" 2>&1) || [[ $said == *"pending execution"* ]]; do
-          read -rt 1 <> <(:)
+          read -rt 1 -u "$never"
         done
         ;;
     esac
@@ -153,11 +181,13 @@ guard=$!
 # One task a GPU and no launcher in between: rank and world size come from SLURM's own variables.
 # The batch script runs on the first node, where rank 0 is. The port follows from the job id and the start, so that no
 # rank of an earlier one finds it.
-MASTER_ADDR=$(hostname)
-MASTER_PORT=$(free_port $((10000 + (SLURM_JOB_ID * 7 + starts) % 20000)))
+line_of hostname
+MASTER_ADDR=$line
+line_of free_port $((10000 + (SLURM_JOB_ID * 7 + starts) % 20000))
+MASTER_PORT=$line
 export MASTER_ADDR MASTER_PORT
 srun --nodes=2 --ntasks=2 --ntasks-per-node=1 \
-  --cpus-per-task=2 --kill-on-bad-exit=1 --export=ALL \
+  --cpus-per-task=2 --kill-on-bad-exit=1 --export=ALL --label \
   "$PYTHON" -m post_training.train "$RUN_DIR" &
 main=$!
 
@@ -185,13 +215,15 @@ kill "${aside[@]}" 2>/dev/null
 
 # srun ends with 0 where its node was given up; why it was asked to stop, where it was, is known already
 if [ ! -e "$RUN_DIR/model/manifest.json" ] && [ -z "$signal" ]; then hear; fi
-action=$(life end "$RUN_DIR" --attempt "$attempt" --code "$code" --signal "$signal" "${word[@]}") || exit 1
+line_of life end "$RUN_DIR" --attempt "$attempt" --code "$code" --signal "$signal" "${word[@]}" || exit 1
+action=$line
 case $action in
-  "exit "*) kill -USR1 "$guard" 2>/dev/null && wait "$guard" 2>/dev/null ;;
+  "exit "* | cancel) kill -USR1 "$guard" 2>/dev/null && wait "$guard" 2>/dev/null ;;
 esac
 case $action in
   requeue*) requeue "${action#requeue}" ;;
   wait) wait_for_the_end ;;
+  cancel) cancel ;;
   "exit "*) exit "${action#exit }" ;;
 esac
 exit 1
