@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conf.check import ConfigError
-from conf.schema import Cluster, Config, Model, Node, Paths, Pipeline, Slurm
+from conf.schema import Cluster, Config, Container, Model, Node, Paths, Pipeline, Slurm
 from launchers import devcluster as dc
 from launchers import diagnosis, doctor, preflight, site, slurm
 from launchers.diagnosis import Asked, Finding, Job
@@ -783,6 +783,22 @@ def test_the_script_quotes_what_it_is_given(tmp_path: Path) -> None:
     assert "export A='$(touch no)'\n" in text and "#SBATCH --gpus-per-node=h100:1\n" in text
     assert "100%%/doctor.out" in text and "FOLDER='" in text and "#SBATCH --no-requeue\n" in text
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+
+
+def test_the_script_takes_the_environment_of_the_jobs(tmp_path: Path) -> None:
+    def script(**asks: Any) -> str:
+        text = doctor.job_script(replace(config(), **asks), tmp_path / "a b", 2)
+        assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+        return text
+
+    venv = script(slurm=Slurm(venv="/envs/x"))
+    assert "source /envs/x/bin/activate" in venv and "PYTHON=/envs/x/bin/python\n" in venv
+    boxed = script(container=Container(image="/i.sif"))
+    assert "python=(apptainer --silent exec" in boxed and '/i.sif env PYTHONNOUSERSITE=1 "$PYTHON")' in boxed
+    assert "--container-image=/i.sqsh" in script(container=Container(image="/i.sqsh", runtime="pyxis"))
+    assert diagnosis._scontrol([node(0, about={"scontrol": {"path": None}})["about"]], config()).level == "problem"
+    inside = replace(config(), container=Container(image="/i.sif"))
+    assert diagnosis._scontrol([node(0, about={"scontrol": {"path": None}})["about"]], inside).level == "unknown"
 
 
 def environment_of(cluster: dc.Cluster) -> dict[str, str]:
