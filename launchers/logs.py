@@ -29,8 +29,8 @@ from launchers import runs, site, states, table, why
 from launchers.errors import LaunchError
 from launchers.local import owned
 from launchers.why import Line
-from post_training.run import ledger
-from post_training.run.directory import ATTEMPT_MARK, RunDirectory
+from post_training.run import ledger, manifest
+from post_training.run.directory import ATTEMPT_MARK, RunDirectory, is_there
 
 LINES = 40
 """Lines shown where nobody says how many."""
@@ -703,7 +703,7 @@ class Follower:
 
     def over(self, quiet: bool) -> int | None:
         """The exit status where nothing follows any more; None while the run may go on. Asks SLURM rarely."""
-        if self.look.read().done:
+        if is_there(self.look.run.model / manifest.NAME) and self.look.read().done:
             return 0
         history = self.look.story.history
         if history.gave_up or history.cancelled or history.outcome == "cancelled":
