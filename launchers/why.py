@@ -226,6 +226,12 @@ PATTERNS = (
         "ask earlier: slurm.signal_time_seconds={later}",
     ),
     _pattern(
+        "killed",
+        r"line \d+: +\d+ Killed\b",
+        "its processes were killed by SIGKILL, and nothing says by whom: somebody's kill -9, or the kernel for memory",
+        "see whether memory ran out (MaxRSS of sacct, `dmesg` on {node}); if so, {more_memory}",
+    ),
+    _pattern(
         "segfault",
         r"Segmentation fault|core dumped|Fatal Python error",
         "a process died in compiled code",
@@ -439,7 +445,7 @@ _OWN = {
     127: "the command was not found",
 }
 _SIGNALS = {
-    "SIGKILL": "killed from outside, often by the kernel for its memory",
+    "SIGKILL": "killed from outside",
     "SIGTERM": "asked to leave from outside",
     "SIGABRT": "it gave itself up: an assertion in compiled code, or NCCL's watchdog",
     "SIGSEGV": "a fault in compiled code",
@@ -602,7 +608,7 @@ def _cause(seen: Snapshot, kind: str, trace: Trace | None) -> Pattern | None:
     texts = [seen.error or "", seen.ended_for or "", *(line.text for line in seen.lines)]
     if (found := recognise(texts)) is not None:
         return found
-    by_code = {137: "host_memory", 139: "segfault", 135: "shared_memory", 127: "command_not_found"}
+    by_code = {137: "killed", 139: "segfault", 135: "shared_memory", 127: "command_not_found"}
     return next((p for p in PATTERNS if p.name == by_code.get(seen.code or 0) and not seen.stop_signal), None)
 
 
