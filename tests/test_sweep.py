@@ -324,6 +324,7 @@ def test_points_as_elements_of_arrays(cluster: Bench, devcluster: dc.Cluster) ->
     devcluster.run("scontrol", "requeue", f"{array}_0")
     wait_for("the third has its turn and fails", lambda: states()[2] == "FAILED", 60)
     assert states().count("RUNNING") <= 2
+    wait_for("the first has ended", lambda: not summarise(ledger.read(run.ledger)).running, 60)
     cluster.behave("dpo", None)
     wait_for("no job is left", lambda: not any(job.live for job in jobs_of(cluster).values()), 90)
     for name in names[:2]:
