@@ -245,7 +245,10 @@ def association_of(associations: Sequence[Association], cfg: Config, cluster: st
         and (not cfg.slurm.account or a.account == cfg.slurm.account)
         and (not a.partition or a.partition == cfg.slurm.partition)
     ]  # fmt: skip
-    return max(fitting, key=lambda a: bool(a.partition)) if fitting else None
+    own = [a for a in fitting if a.partition] or fitting
+    # without an account SLURM takes the user's default one, which is not said here
+    alike = {(a.limits, a.qos, a.default_qos) for a in own}
+    return own[0] if len(alike) == 1 else None
 
 
 def site_of(asked: Asked, cfg: Config, now: float) -> Site:
@@ -285,7 +288,7 @@ def site_of(asked: Asked, cfg: Config, now: float) -> Site:
         preempts=_preempts(config) if config else None,
         default_partition=default,
         default_qos=mine.default_qos or (mine.qos[0] if len(mine.qos) == 1 else None) if mine else None,
-        partitions=partitions, qos=qos, association=mine.limits if mine else None,
+        partitions=partitions, qos=qos, association=mine.limits if mine else None, account=cfg.slurm.account,
     )  # fmt: skip
     submits = [limit[0] for limit in (site.limit("max_submit_jobs", cfg.slurm.partition, cfg.slurm.qos),) if limit]
     own = mine.limits.max_submit_jobs if mine and site.limits_enforced else None

@@ -247,9 +247,10 @@ def check_cluster(configs: Mapping[str, Config]) -> None:
     found = slurm.partitions(cfg.cluster.slurm_conf)
     if isinstance(found, slurm.Unknown):
         raise LaunchError(f"cluster={cfg.cluster.name}: SLURM does not answer: {found.why}", wake(cfg))
-    known = site.read(Path(cfg.paths.output_base).expanduser().absolute(), cfg.cluster.name)
+    there = site.read(Path(cfg.paths.output_base).expanduser().absolute(), cfg.cluster.name)
     warned = set[str]()
     for name, stage in configs.items():
+        known = there.charged_to(stage.slurm.account)
         with naming(name):
             check_request(stage, found, over_time=known.over_partition_time(stage.slurm.qos))
             check_limits(stage, known)

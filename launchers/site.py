@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class Site:
     partitions: Mapping[str, Limits] | None = None  # by name
     qos: Mapping[str, Limits] | None = None  # by name
     association: Limits | None = None  # of the user with the account that jobs are charged to
+    account: str | None = None  # slurm.account that doctor was asked about; None: the user's default
     internet: bool | None = None  # whether a compute node reached the hub
     version: int = VERSION
 
@@ -84,6 +85,10 @@ class Site:
             return None
         found = ((getattr(limits, name), who) for who, limits in self._layers(partition, qos))
         return next(((int(value), who) for value, who in found if value is not None), None)
+
+    def charged_to(self, account: str | None) -> Site:
+        """The same, for jobs of an account: what is known of another account's association does not hold for them."""
+        return self if account == self.account else replace(self, association=None, default_qos=None)
 
     def over_partition_time(self, qos: str | None) -> bool:
         """Whether jobs of this QOS may take longer than their partition allows."""

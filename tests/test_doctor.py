@@ -373,6 +373,17 @@ def test_limits_come_from_the_first_that_sets_one() -> None:
     assert replace(farm, limits_enforced=False).limit("gpus_per_user", "gpu", None) is None
 
 
+def test_an_association_is_of_one_account() -> None:
+    users = OUR_USER.replace("root||long,normal||5|12|08:00:00", "root||normal||5|12|01:00:00")
+    asked = answers(ENFORCING, associations=users)
+    lab = diagnosis.site_of(asked, config(account="lab"), 1.0)
+    assert lab.charged_to("lab").limit("max_wall_seconds", None, None) == (8 * 3600, "your association")
+    assert lab.charged_to("root").limit("max_wall_seconds", None, None) is None
+    assert lab.charged_to(None).limit("max_wall_seconds", None, None) is None
+    # two that differ: which is the default, nobody said
+    assert diagnosis.site_of(asked, config(), 1.0).association is None
+
+
 def test_more_stages_than_may_be_queued() -> None:
     cfg = replace(config(), pipeline=Pipeline("p", {f"s{i}": Node("sft") for i in range(13)}))
     found = named(diagnosis.judge_limits(answers(ENFORCING), cfg))["queued jobs"]
