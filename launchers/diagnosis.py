@@ -940,6 +940,15 @@ def _skew(topic: str, name: str, seconds: float | None) -> Finding:
     return Finding(topic, name, "ok", seen, why)
 
 
+def own_python(cfg: Config) -> str | None:
+    """Where the jobs' Python comes from, where it is not the one that submits."""
+    keys = {
+        "cluster.python": cfg.cluster.python, "container.image": cfg.container.image,
+        "slurm.venv": cfg.slurm.venv, "slurm.conda": cfg.slurm.conda,
+    }  # fmt: skip
+    return next((f"{key}={value}" for key, value in keys.items() if value is not None), None)
+
+
 def judge_python(facts: Mapping[str, Any], other: str | None) -> list[Finding]:
     """This machine's Python. other: the Python of the jobs, where that is another one."""
     topic, why = "Python here", "this project is tested with these versions"
@@ -956,7 +965,7 @@ def judge_python(facts: Mapping[str, Any], other: str | None) -> list[Finding]:
         level: Level = "note" if other else "problem" if any("missing" in one for one in wrong) else "warning"
         fix = "make install, or pip install . in the project's folder"
         if other:
-            fix = f"nothing to do: jobs use cluster.python={other}"
+            fix = f"nothing to do: jobs use {other}"
         return [*found, Finding(topic, "packages", level, "; ".join(wrong), why, fix)]
     return [*found, Finding(topic, "packages", "ok", "all there, in versions that fit pyproject.toml", why)]
 
@@ -1015,7 +1024,7 @@ def judge_job(job: Job, cfg: Config, login: Mapping[str, Any]) -> list[Finding]:
     if job.problem and not job.facts:
         return [Finding(topic, "job", "problem", job.problem, why, "what sbatch says names the setting; mend it")]
     if job.no_python:
-        python = cfg.cluster.python or login["executable"]
+        python = own_python(cfg) or login["executable"]
         fix = "cluster.python=<a Python that compute nodes see>, on a shared file system"
         return [Finding(topic, "Python", "problem", f"{python} does not start. {job.no_python[0]}", why, fix)]
     if not job.facts:
@@ -1046,7 +1055,7 @@ def _judge_facts(job: Job, cfg: Config, login: Mapping[str, Any]) -> list[Findin
         about["machine"] == login.get("machine") for about in abouts
     )
     found += _python_there(abouts, login, cfg)
-    found += [_scontrol(abouts), _limits_there(abouts), _room_there(abouts)]
+    found += [_scontrol(abouts, cfg), _limits_there(abouts), _room_there(abouts)]
     found += _master(job.facts)
     found += _gpus_there(job.facts, cfg, shared_machine)
     return [*found, _all_reduce(job.facts), *_internet(job.facts, cfg), *_shared(job.facts, login)]
@@ -1063,7 +1072,7 @@ def _python_there(abouts: Sequence[Mapping[str, Any]], login: Mapping[str, Any],
     found = []
     for about in abouts[:1]:
         seen = f"{about['python']} ({about['executable']})"
-        same = cfg.cluster.python is not None or about["python"] == login["python"]
+        same = own_python(cfg) is not None or about["python"] == login["python"]
         fix = NOTHING if same else "cluster.python=<one Python for both>, on a shared file system"
         found.append(Finding(topic, "Python", "ok" if same else "warning", seen, why, fix))
     different = []
@@ -1080,16 +1089,20 @@ def _python_there(abouts: Sequence[Mapping[str, Any]], login: Mapping[str, Any],
         found.append(Finding(topic, "packages", "problem", "no torch there", why, fix))
     elif different:
         seen, fix = "; ".join(different), "one environment for both, or know why they differ"
-        found.append(Finding(topic, "packages", "note" if cfg.cluster.python else "warning", seen, why, fix))
+        found.append(Finding(topic, "packages", "note" if own_python(cfg) else "warning", seen, why, fix))
     else:
         found.append(Finding(topic, "packages", "ok", f"torch {torch} and the others as here", why))
     return found
 
 
-def _scontrol(abouts: Sequence[Mapping[str, Any]]) -> Finding:
+def _scontrol(abouts: Sequence[Mapping[str, Any]], cfg: Config) -> Finding:
     topic, name, why = "compute nodes", "scontrol", "a job requeues itself with it, before it ends"
     for about in abouts:
         seen = about["scontrol"]
+        if seen.get("path") is None and cfg.container.image is not None:
+            said = "not known: it is not in the container, and runs call it outside"
+            fix = "ask without container.image, with the node's own Python (cluster.python)"
+            return Finding(topic, name, "unknown", said, why, fix)
         if seen.get("path") is None:
             fix = "put it on PATH in slurm.setup, or load its module (slurm.modules)"
             return Finding(topic, name, "problem", f"not on PATH on {about['node']}", why, fix)

@@ -49,6 +49,7 @@ from launchers.diagnosis import (
     judge_job,
     judge_machine,
     judge_python,
+    own_python,
     parse_config,
     parse_nodes,
     parse_quota,
@@ -58,7 +59,7 @@ from launchers.diagnosis import (
 from launchers.errors import LaunchError
 from launchers.site import Site, load, place, write
 from launchers.table import near, tail
-from post_training.run.directory import write_atomic
+from post_training.run.directory import RunDirectory, write_atomic
 from post_training.run.environment import PACKAGES
 
 FOLDER = ".doctor"
@@ -265,7 +266,7 @@ def job_nodes(cfg: Config, asked: Asked, site: Site) -> int:
 
 def job_script(cfg: Config, folder: Path, nodes: int) -> str:
     """The text of the job's script. Pure."""
-    from launchers.render import environment
+    from launchers.render import container, environment, python_of, whole
 
     asks = cfg.slurm
     gpus = 1 if gpus_per_node(cfg) else 0
@@ -278,7 +279,9 @@ def job_script(cfg: Config, folder: Path, nodes: int) -> str:
     }  # fmt: skip
     sbatch = {name: value for name, value in given.items() if value is not None} | {"no-requeue": None}
     return environment().get_template("doctor.sh.j2").render(
-        sbatch=sbatch, folder=str(folder), python=cfg.cluster.python or sys.executable, nodes=nodes,
+        sbatch=sbatch, folder=str(folder), python=python_of(cfg), nodes=nodes,
+        venv=None if asks.venv is None else whole(asks.venv), conda=asks.conda,
+        container=container(cfg, RunDirectory(folder), []),
         cpus=asks.cpus_per_gpu, modules=list(asks.modules), env=dict(asks.env), setup=list(asks.setup),
     )  # fmt: skip
 
@@ -493,7 +496,7 @@ def examine(order: Order, say: Callable[[str], None]) -> tuple[list[Finding], Si
     findings += judge_folder("paths.output_base", base)
     findings += judge_folder("temporary folder", probe_folder(Path(tempfile.gettempdir())), runs=False)
     here = python_here()
-    findings += judge_python(here, other=cfg.cluster.python if on_slurm else None)
+    findings += judge_python(here, other=own_python(cfg) if on_slurm else None)
     if not on_slurm:
         return findings + judge_machine(machine_here(), cfg), None
     assert asked is not None

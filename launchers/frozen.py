@@ -110,8 +110,6 @@ def _plain(text: str) -> dict[str, Any]:
             stack.append((indent, container))
         elif key is None or not isinstance(container, dict):
             raise _NotPlain
-        if key in container:
-            raise _NotPlain
         container[key] = value
         if written is None:
             waiting = (indent, container, key)

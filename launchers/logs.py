@@ -419,7 +419,9 @@ def shown_why(seen: why.Snapshot, told: why.Explanation, width: int) -> list[str
     if told.lines:
         lines += ["", *(f"  {_cut(line, width - 2)}" for line in told.lines)]
     if told.frame:
-        lines += textwrap.wrap(f"in {told.frame}", width, initial_indent="  ", subsequent_indent="    ",
+        file, colon, rest = told.frame.partition(":")
+        frame = f"{table.near(file)}{colon}{rest}" if file.startswith("/") else told.frame
+        lines += textwrap.wrap(f"in {frame}", width, initial_indent="  ", subsequent_indent="    ",
                                break_on_hyphens=False)  # fmt: skip
     lines += ["", "what to do:"]
     for item in told.do:

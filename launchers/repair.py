@@ -30,7 +30,7 @@ from launchers.local import owned
 from launchers.runs import Look, find_pipelines, looks_of, real, which
 from launchers.runs import _conf as conf_of
 from launchers.states import is_local
-from launchers.steer import held, queued
+from launchers.steer import held, queued, refresh
 from post_training.run import ledger, life, manifest
 from post_training.run.directory import RunDirectory, is_there
 from post_training.run.history import History, summarise
@@ -160,7 +160,6 @@ def plan(snapshot: Snapshot) -> list[Finding]:
         if run.here:
             found += [_duplicate(run, job, other, snapshot) for other in others if job is not None]
             found += _vanished(run, job)
-            found += _adopted(run, job, snapshot)
         if not run.done and job is None:
             lost.add(run.folder)
     for _ in snapshot.runs:  # what waits for a run that is lost is lost
@@ -175,6 +174,8 @@ def plan(snapshot: Snapshot) -> list[Finding]:
             break
     for run in snapshot.runs:
         job, _others = jobs[run.folder]
+        if run.here and run.folder not in lost and not run.elsewhere and not run.local:
+            found += _adopted(run, job, snapshot)
         if run.here and not run.done and job is not None and queued(job):
             found += _waiting(run, job, runs, jobs, lost, silent, snapshot)
     found += _orphans(snapshot, live)
@@ -390,7 +391,7 @@ def take(output_base: Path, names: list[str], now: float | None = None) -> Snaps
             continue
         for look in on_slurm:
             if conf_of(look) == conf and not look.done:
-                look.read()
+                refresh(look)
         ids = [
             look.story.history.job_id
             for look in looks.values()

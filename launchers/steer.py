@@ -25,6 +25,7 @@ from launchers.errors import LaunchError
 from launchers.local import owned, shell_of
 from launchers.runs import Look, ask_slurm, choose, real, rows_of
 from launchers.runs import _conf as conf_of
+from launchers.runs import _output_problem as output_problem
 from launchers.states import is_local, pending_reason
 from post_training.run import ledger, life
 from post_training.run.directory import RunDirectory
@@ -61,6 +62,12 @@ class Said:
     @property
     def name(self) -> str:
         return f"{self.look.pipeline}/{self.look.name}"
+
+
+def refresh(look: Look) -> Look:
+    """Read again what may have changed: a config is frozen."""
+    look.story, look.output_problem = table.read_history(look.run), output_problem(look.run.model)
+    return look
 
 
 def held(job: slurm.JobRecord) -> str | None:
@@ -125,7 +132,7 @@ class _Scene:
     def again(self, looks: Sequence[Look]) -> None:
         """Look again at these runs and their jobs."""
         for look in looks:
-            look.read()
+            refresh(look)
         self.jobs = ask_slurm(list(looks))
 
     def not_for_us(self, look: Look) -> str | None:
@@ -180,7 +187,7 @@ def _ask(look: Look, what: str, user: str) -> None:
     """Write a wish into the ledger. An attempt that is about to begin has begun before it, or finds it."""
     with look.run.exclusive():
         ledger.append(look.run.ledger, "asked", what=what, user=user, job_id=look.story.history.job_id or "")
-    look.read()
+    refresh(look)
 
 
 def _nudge(look: Look) -> str | None:
@@ -465,7 +472,7 @@ def wait(said: Sequence[Said], show: Callable[[str], None], seconds: float) -> l
     while left:
         looks = [item.look for item in left]
         for look in looks:
-            look.read()
+            refresh(look)
         jobs = ask_slurm(looks)
         again = time.monotonic() - asked > AGAIN_S
         for item in list(left):
@@ -530,7 +537,7 @@ def _left(item: Said, job: Word) -> Said | None:
     if not history.cancelled:
         if history.running:  # not even its end could be recorded
             life.close_lost_attempt(look.run, history, same_job=False)
-        if not look.read().story.history.cancelled:
+        if not refresh(look).story.history.cancelled:
             reason = f"cancelled by {history.cancel_wish or me()}"
             ledger.append(look.run.ledger, "cancelled", reason=reason)
     return Said(look, f"cancelled; {saved}")
@@ -587,7 +594,11 @@ def run_command(command: str, argv: list[str] | None = None) -> int:
     shown = _Line()
     try:
         given = parse_arguments(command, sys.argv[1:] if argv is None else argv)
-        looks = own_runs(choose(given.words, command), given.words)
+        looks = own_runs(chosen := choose(given.words, command), given.words)
+        if not looks:
+            owners = ", ".join(dict.fromkeys(look.run.pipeline for look in chosen))
+            problem = f"all runs of {chosen[0].pipeline} are those of {owners}"
+            raise LaunchError(problem, f"name the stages that you want to {command}, or run_name={owners}")
         said = ACTS[command](looks, **({"now": given.now} if command == "cancel" else {}))
         print("\n".join(lines(said)), flush=True)
         waiting = [item for item in said if item.waits]
@@ -601,7 +612,7 @@ def run_command(command: str, argv: list[str] | None = None) -> int:
             shown("")
             print("\n".join(lines(told)), flush=True)
             said = [item for item in said if not item.waits] + told
-        if command == "cancel" and looks and any(item.ok for item in said):
+        if any(item.ok and not item.look.done and item.look.story.history.cancel_wish for item in said):
             print("the command that submitted them goes on from there")
         return 0 if all(item.ok for item in said) else 1
     except LaunchError as error:

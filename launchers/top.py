@@ -342,7 +342,7 @@ class Asked(ModalScreen[bool]):
 
 
 class Logs(Screen[None]):
-    """The end of a run's output, as it grows."""
+    """The end of what a run's newest attempt says, all ranks, as it grows."""
 
     BINDINGS: ClassVar[list[Any]] = [
         Binding("q,escape,left", "back"), Binding("up,k", "move(-1)"), Binding("down,j", "move(1)"),
@@ -354,6 +354,7 @@ class Logs(Screen[None]):
         super().__init__()
         self.row, self.ascii_only = row, ascii_only
         self.lines: list[str] = ["reading ..."]
+        self.place = ""
         self.first, self.follow, self.errors = 0, True, False
         self.over = threading.Event()
         self.again = threading.Event()
@@ -372,30 +373,35 @@ class Logs(Screen[None]):
     def on_resize(self) -> None:
         self.draw()
 
-    def path(self) -> Path | None:
-        run, job_id = runs.RunDirectory(Path(self.row["run_dir"])), self.row["job_id"]
-        return None if not job_id else run.stderr(job_id) if self.errors else run.stdout(job_id)
-
     def _read(self) -> None:
+        from launchers import logs
+
         while not self.over.is_set():
             self.again.clear()
-            path = self.path()
-            lines = (table.tail(path, LOG_LINES) if path is not None else []) or ["(it has said nothing)"]
-            deliver(self.app, self._got, lines)
+            title, lines = "", []
+            try:
+                target = logs.target_of(folder_look(self.row), None)
+                read = target.read(LOG_LINES, None)[int(self.errors)]
+                ranks = max(target.ranks, read.ranks or 1)
+                lines = [logs.prefix(line, ranks) + line.text for line in read.lines]
+                title = f"attempt {target.attempt.number}, {table.near(read.path)}"
+                lines = lines or [f"({read.problem or 'it has said nothing'})"]
+            except (LaunchError, OSError) as error:
+                lines = str(error).splitlines()
+            deliver(self.app, self._got, lines, title)
             self.again.wait(LOG_EVERY_S)
 
-    def _got(self, lines: list[str]) -> None:
-        if lines != self.lines:
-            self.lines = lines
+    def _got(self, lines: list[str], place: str) -> None:
+        if (lines, place) != (self.lines, self.place):
+            self.lines, self.place = lines, place
             self.draw()
 
     def draw(self) -> None:
         width, page = self.size.width, max(1, self.size.height - 1)
         last = max(0, len(self.lines) - page)
         self.first = last if self.follow else max(0, min(self.first, last))
-        path = self.path()
         kind = "stderr" if self.errors else "stdout"
-        title = f"{kind} of {self.row['pipeline']}/{self.row['stage']}: {table.near(path) if path else 'no job'}"
+        title = f"{kind} of {self.row['pipeline']}/{self.row['stage']}: {self.place}"
         keys = "  tab: the other, q: back"
         self.query_one("#title", Static).update(
             Text(cell(plain(title, self.ascii_only), width - len(keys)) + keys, Style(reverse=True))

@@ -254,7 +254,8 @@ PATTERNS = (
 """What outputs say, as PyTorch 2, NCCL, vLLM, Linux and SLURM 20 to 25 word it; the first that matches counts."""
 
 NOISE = re.compile(
-    r"^\s*$|^frame #\d+:|^Exception raised from |^(srun|slurmstepd): (Job step|Terminating|error: \*\*\* STEP|Force)"
+    r"^\s*$|^frame #\d+:|^Exception raised from "
+    r"|^(srun|slurmstepd): (Job step|Terminating|launch/slurm|error: \*\*\* STEP|Force)"
     r"|ProcessGroupNCCL\.cpp|ProcessGroupGloo\.cpp|destroy_process_group|leaked semaphore|^W?\[?W\d{4}"
     r"|(Future|User|Deprecation)Warning|^\s*warnings\.warn|NCCL INFO|it/s\]|examples/s\]|s/it\]"
     r"|^To suppress this warning|^Setting OMP_NUM_THREADS|^Compile with `TORCH_USE_CUDA_DSA`|^CUDA kernel errors might"
@@ -471,12 +472,24 @@ class _Words(dict[str, str]):
         return f"{{{key}}}"
 
 
-def fillings(seen: Snapshot) -> dict[str, str]:
-    """What stands for the {names} in a pattern's advice; an empty text makes the advice go away."""
+def node_of(seen: Snapshot, rank: int | None) -> str | None:
+    """The node of a rank: the job script starts as many on each, node after node."""
+    count = len(seen.nodes)
+    if count == 1:
+        return seen.nodes[0]
+    if rank is None or not count or seen.ranks % count or not 0 <= rank < seen.ranks:
+        return None
+    return seen.nodes[rank * count // seen.ranks]
+
+
+def fillings(seen: Snapshot, rank: int | None = None) -> dict[str, str]:
+    """What stands for the {names} in a pattern's advice; an empty text makes the advice go away.
+
+    rank: the one that failed first.
+    """
     batch, strategy = seen.settings.get("training.per_device_train_batch_size"), seen.settings.get("parallel.strategy")
     mem, lead = seen.settings.get("slurm.mem"), seen.settings.get("slurm.signal_time_seconds")
-    # of several nodes only a lost one is known to be the one; the first is the job script's
-    node = ",".join(dict.fromkeys(seen.lost_nodes)) or (seen.nodes[0] if len(seen.nodes) == 1 else "its node")
+    node = ",".join(dict.fromkeys(seen.lost_nodes)) or node_of(seen, rank) or "its node"
     smaller = f"{max(1, batch // 2)} (it was {batch})" if isinstance(batch, int) and batch > 1 else ""
     stage = seen.name.rpartition("/")[2]
     return {
@@ -522,10 +535,17 @@ def explain(seen: Snapshot) -> Explanation:
     on = f" on {_some(seen.nodes)}" if seen.nodes else ""
     head = f"{', '.join(word for word in where if word)}{on}: {KINDS[kind]}"
     pattern = _cause(seen, kind, trace)
-    words = [head + (f": {said}." if (said := _what(seen, kind, pattern, error)) else ".")]
+    rank = trace.rank if trace else None
+    if rank is None and pattern is not None:
+        rank = next(
+            (line.rank for line in seen.lines if line.rank is not None and pattern.regex.search(line.text)), None
+        )
+    fill = _Words(fillings(seen, rank))
+    words = [head + (f": {said}." if (said := _what(seen, kind, pattern, error, fill)) else ".")]
     if kind in FAILURES:
-        if trace is not None and seen.ranks > 1 and trace.rank is not None:
-            words.append(f"Rank {trace.rank} was the first to fail.")
+        if seen.ranks > 1 and rank is not None:
+            there = f" on {node_of(seen, rank)}" if len(seen.nodes) > 1 and node_of(seen, rank) else ""
+            words.append(f"Rank {rank}{there} was the first to fail.")
         if kind == "hung" and (stood := odd_ones(seen.stacks, seen.ranks)[1]):
             words.append(f"{stood[:1].upper()}{stood[1:]}.")
     if seen.code is not None and not (kind == "planned_stop" and seen.code == life.STOPPED):
@@ -536,11 +556,11 @@ def explain(seen: Snapshot) -> Explanation:
         kind=kind,
         cause=pattern.name if pattern else None,
         words=" ".join(word for word in words if word),
-        rank=trace.rank if trace else None,
+        rank=rank,
         exception=trace.exception if trace else (seen.error or None),
         frame=trace.frame if trace else None,
         lines=_lines_that_matter(seen, trace) if kind in FAILURES or kind == "vanished" else (),
-        do=_do(seen, kind, pattern),
+        do=_do(seen, kind, pattern, fill),
     )
 
 
@@ -586,8 +606,8 @@ def _cause(seen: Snapshot, kind: str, trace: Trace | None) -> Pattern | None:
     return next((p for p in PATTERNS if p.name == by_code.get(seen.code or 0) and not seen.stop_signal), None)
 
 
-def _what(seen: Snapshot, kind: str, pattern: Pattern | None, error: str | None) -> str:
-    said = pattern.says.format_map(_Words(fillings(seen))) if pattern else ""
+def _what(seen: Snapshot, kind: str, pattern: Pattern | None, error: str | None, fill: _Words) -> str:
+    said = pattern.says.format_map(fill) if pattern else ""
     if kind == "node_lost":
         return seen.ended_for or f"lost {_some(seen.lost_nodes) or 'a node'}"
     if kind == "planned_stop":
@@ -624,20 +644,26 @@ def _follows(seen: Snapshot, kind: str) -> str:
 
 
 def _lines_that_matter(seen: Snapshot, trace: Trace | None) -> tuple[str, ...]:
-    """The traceback's end where there is one; what SLURM says; else the last lines that are no noise."""
+    """The traceback's end where there is one, else the last lines that are no noise; and what SLURM says."""
     found: list[str] = []
     slurm = [line.text for line in seen.lines if SLURM_SAYS.match(line.text) and not NOISE.search(line.text)]
     if trace is not None:
-        found += [text for text in trace.lines if text.strip()][-8:]
+        frames = [index for index, text in enumerate(trace.lines) if _FRAME.match(text)]
+        innermost = frames and _FRAME.match(trace.lines[frames[-1]])
+        # a frame of ours is shown by itself; a package's with its line
+        mine = trace.frame is not None and innermost and not _PACKAGES.search(innermost["file"])
+        rest = trace.lines[frames[-1] + (1 if mine else 0) :] if frames else trace.lines
+        said = [text for text in rest if text.strip() and not (mine and text.startswith("    "))]
+        found += said[-8:] or [trace.exception]
+        slurm = [text for text in slurm if "Exited with exit code" not in text]
     else:
-        said = [line for line in seen.lines if not NOISE.search(line.text) and not SLURM_SAYS.match(line.text)]
-        errors = [line.text for line in said if line.stream == "err"]
-        found += (errors or [line.text for line in said])[-6:]
+        others = [line for line in seen.lines if not NOISE.search(line.text) and not SLURM_SAYS.match(line.text)]
+        errors = [line.text for line in others if line.stream == "err"]
+        found += (errors or [line.text for line in others])[-6:]
     return (*found, *(text for text in slurm[-3:] if text not in found))
 
 
-def _do(seen: Snapshot, kind: str, pattern: Pattern | None) -> tuple[str, ...]:
-    fill = _Words(fillings(seen))
+def _do(seen: Snapshot, kind: str, pattern: Pattern | None, fill: _Words) -> tuple[str, ...]:
     again = fill["again"]
     own = [match[1].strip() for line in seen.lines if (match := _FIX.match(line.text))]
     if kind in ("planned_stop", "preempted") and not seen.gave_up:

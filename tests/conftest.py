@@ -10,7 +10,7 @@ from tests.slurm_fixture import devcluster
 
 LONG = (
     "test_drill", "test_exact", "test_pipelines", "test_records", "test_failures", "test_pipeline", "test_train",
-    "test_local", "test_outages",
+    "test_local", "test_outages", "test_submit", "test_steer", "test_sweep",
 )  # fmt: skip
 """Files that take minutes. They are handed out first, so that no worker is left alone with one at the end."""
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conf.check import ConfigError
-from conf.schema import Cluster, Config, Model, Node, Paths, Pipeline, Slurm
+from conf.schema import Cluster, Config, Container, Model, Node, Paths, Pipeline, Slurm
 from launchers import devcluster as dc
 from launchers import diagnosis, doctor, preflight, site, slurm
 from launchers.diagnosis import Asked, Finding, Job
@@ -429,6 +429,7 @@ TEXT = st.one_of(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(config_=TEXT, partitions=TEXT, nodes=TEXT, qos=TEXT, users=TEXT, ping=TEXT, version=TEXT)
 def test_no_answer_breaks_it(**texts: str) -> None:
     asked = answers(
@@ -444,6 +445,7 @@ def test_no_answer_breaks_it(**texts: str) -> None:
     assert site.Site(**vars(kept)) == kept
 
 
+@settings(deadline=None)
 @given(found=st.lists(st.builds(
     Finding, st.sampled_from(["SLURM", "limits"]), st.text(max_size=40), st.sampled_from(list(doctor.MARKS)),
     st.text(max_size=300), st.text(max_size=100), st.text(max_size=100),
@@ -628,6 +630,11 @@ def test_unsound_shared_folders(changes: dict[str, Any], name: str, level: str) 
     assert named(judged(node(0), node(1, shared=changes)))[name].level == level
 
 
+def test_whose_clock_is_ahead() -> None:
+    found = named(judged(node(0, shared={"skew_s": -30.0}), node(1, shared={"skew_s": -30.0})))["clock of nodes"]
+    assert found.seen == "30.0 s ahead" and found.level == "warning"  # the server is behind them, and not behind us
+
+
 def test_jobs_that_saw_nothing() -> None:
     def one(**job: Any) -> Finding:
         (found,) = judged(**job)
@@ -657,6 +664,7 @@ def test_what_was_found_is_found_again(tmp_path: Path) -> None:
     assert site.load(path) == Site()
 
 
+@settings(deadline=None)
 @given(st.dictionaries(
     st.sampled_from(sorted(vars(Site()))),
     st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
@@ -775,6 +783,22 @@ def test_the_script_quotes_what_it_is_given(tmp_path: Path) -> None:
     assert "export A='$(touch no)'\n" in text and "#SBATCH --gpus-per-node=h100:1\n" in text
     assert "100%%/doctor.out" in text and "FOLDER='" in text and "#SBATCH --no-requeue\n" in text
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+
+
+def test_the_script_takes_the_environment_of_the_jobs(tmp_path: Path) -> None:
+    def script(**asks: Any) -> str:
+        text = doctor.job_script(replace(config(), **asks), tmp_path / "a b", 2)
+        assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+        return text
+
+    venv = script(slurm=Slurm(venv="/envs/x"))
+    assert "source /envs/x/bin/activate" in venv and "PYTHON=/envs/x/bin/python\n" in venv
+    boxed = script(container=Container(image="/i.sif"))
+    assert "python=(apptainer --silent exec" in boxed and '/i.sif env PYTHONNOUSERSITE=1 "$PYTHON")' in boxed
+    assert "--container-image=/i.sqsh" in script(container=Container(image="/i.sqsh", runtime="pyxis"))
+    assert diagnosis._scontrol([node(0, about={"scontrol": {"path": None}})["about"]], config()).level == "problem"
+    inside = replace(config(), container=Container(image="/i.sif"))
+    assert diagnosis._scontrol([node(0, about={"scontrol": {"path": None}})["about"]], inside).level == "unknown"
 
 
 def environment_of(cluster: dc.Cluster) -> dict[str, str]:

@@ -48,14 +48,14 @@ def fast(text: str) -> Any:
         return type(error)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.dictionaries(KEYS, VALUES, max_size=4))
 def test_what_is_dumped_is_read(value: dict[str, Any]) -> None:
     text = yaml.dump(value, sort_keys=False, allow_unicode=True)
     assert repr(fast(text)) == repr(parsed(text))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(PIECES, max_size=6).map("\n".join))
 @example("a:\n  - x\n  b: 1")
 @example("a: 1\n  b: 2")

@@ -325,6 +325,15 @@ def test_the_first_rank_that_failed_is_found_among_many_tracebacks() -> None:
     assert found is not None and found.rank == 1
 
 
+def test_the_node_of_the_rank_that_failed_is_named() -> None:
+    lines = labelled((3, ["RuntimeError: CUDA error: uncorrectable ECC error encountered"]))
+    seen = replace(ended(nodes=("n1", "n2"), ranks=4), lines=lines)
+    told = explain(seen)
+    assert "a GPU of n2 does not work" in told.words and "Rank 3 on n2 was the first to fail" in told.words
+    assert any("slurm.exclude=n2" in item for item in told.do)
+    assert [why.node_of(seen, rank) for rank in (0, 1, 2, 3, 4, None)] == ["n1", "n1", "n2", "n2", None, None]
+
+
 def test_real_tracebacks_are_read_whole() -> None:
     chained = traceback_of(
         "def load(x):\n try:\n  return x['a']\n except KeyError as e:\n  raise RuntimeError('no a:\\n  look') from e\n"

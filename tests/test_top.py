@@ -177,11 +177,11 @@ def test_logs_follow_what_is_written(outputs: Outputs, monkeypatch: pytest.Monke
             assert "\x1b" not in "".join(screen(app)) and "stdout of full/sft" in screen(app)[0]
             with run.stdout("102").open("a") as file:
                 file.write("new\n")
-            await until(pilot, lambda: screen(app)[-1].startswith("new"))
+            await until(pilot, lambda: screen(app)[-1].strip() == "new")
             await pilot.press("home")
             assert "line 0 " in screen(app)[1]
             await pilot.press("tab")
-            await until(pilot, lambda: screen(app)[1].startswith("Traceback"))
+            await until(pilot, lambda: screen(app)[1].strip() == "Traceback")
             await pilot.press("q")
             await pilot.pause()
             assert len(app.screen_stack) == 1 and app.is_running
