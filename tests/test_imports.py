@@ -25,7 +25,6 @@ MODULES = [
     "launchers.notify", "post_training.run.notify",
     "launchers.charts", "launchers.top", "launchers.eta",
     "launchers.frozen", "post_training.run.environment", "launchers.serve", "launchers.page",
-    "launchers.sweep", "launchers.points", "launchers.sampler",
     "launchers.charts", "post_training.run.environment", "launchers.serve", "launchers.page",
     "launchers.logs", "launchers.why",
 ]  # fmt: skip
