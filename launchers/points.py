@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,7 @@ def rank(points: Points, pipelines: Sequence[Pipeline], by: str | None = None, m
             judged.setdefault(one.stage, {}).setdefault(pipeline.name, one)
     shared = {
         stage for stage, found in judged.items()
-        if len(found) > 1 and len({str(one.model) for one in found.values()}) == 1
+        if len(found) > 1 and len({os.path.realpath(one.model) for one in found.values()}) == 1
     }  # fmt: skip
     order = [stage for stage in _order(pipelines) if stage not in shared or stage == by]
     of = next((stage for stage, found in judged.items() for one in found.values() if by in one.judges), by)

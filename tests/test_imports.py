@@ -15,6 +15,7 @@ MODULES = [
     "launchers.submit", "launchers.pipeline", "launchers.status", "launchers.compare", "launchers.devcluster",
     "launchers.local", "launchers.executor", "launchers.render", "conf.schema", "conf.check", "post_training.run.life",
     "launchers.prefetch", "conf.chat", "post_training.chat", "launchers.push", "launchers.card", "launchers.report",
+    "launchers.sweep", "launchers.points", "launchers.sampler",
     "launchers.charts", "post_training.run.environment", "launchers.serve", "launchers.page",
     "launchers.steer", "launchers.cancel", "launchers.requeue", "launchers.hold", "launchers.release",
     "launchers.repair",
