@@ -7,13 +7,14 @@ import json
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from conf.check import ConfigError
-from launchers import cli, compare, pipeline, points, render, sampler, slurm
+from launchers import cli, compare, pipeline, points, render, sampler, site, slurm
 from launchers import devcluster as dc
 from launchers.compose import rewrite, rewrite_stage
 from launchers.errors import LaunchError
@@ -395,6 +396,34 @@ def test_a_limit_on_jobs_leaves_what_was_taken_and_the_same_command_adds_the_res
     assert len(after) == 12 and {name: job.job_id for name, job in before.items()}.items() <= {
         name: job.job_id for name, job in after.items()
     }.items()
+
+
+@pytest.mark.slurm
+def test_arrays_are_no_longer_than_the_cluster_takes(cluster: Bench, tmp_path: Path) -> None:
+    """Cut at MaxArraySize, and halved where an array as a whole breaks a limit on jobs."""
+    sweep = ("pipeline=dpo", "slurm.array_parallelism=2", "-m")
+    cluster.behave("base", "wait")
+    found = site.write(cluster.base, "dev", site.Site(asked=time.time(), max_array_size=2))
+    done = cluster("pipeline", *sweep, "dpo.beta=0.1,0.3,0.5", "run_name=cut")
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second, third = (jobs_of(cluster)[f"cut-dpo.beta={beta}/dpo"].job_id for beta in (0.1, 0.3, 0.5))
+    array = first.partition("_")[0]
+    assert (first, second) == (f"{array}_0", f"{array}_1") and third.partition("_") != (array, "_", "0")
+    found.unlink()
+    real = dc.shutil.which("sbatch", path=cluster.env["PATH"])
+    shim = tmp_path / "bin"
+    shim.mkdir()
+    (shim / "sbatch").write_text(
+        '#!/bin/sh\nfor last; do :; done\n'
+        "if grep -q -e '--array=.*0-2' \"$last\"; then echo 'sbatch: error: AssocMaxSubmitJobLimit' >&2; exit 1; fi\n"
+        f'exec {real} "$@"\n'
+    )
+    (shim / "sbatch").chmod(0o755)
+    cluster.env["PATH"] = f"{shim}:{cluster.env['PATH']}"
+    done = cluster("pipeline", *sweep, "dpo.lr=0.1,0.2,0.3", "run_name=halved")
+    assert done.returncode == 0, done.stdout + done.stderr
+    ids = [jobs_of(cluster)[f"halved-dpo.lr={lr}/dpo"].job_id for lr in (0.1, 0.2, 0.3)]
+    assert len(set(ids)) == 3 and len({job_id.partition("_")[0] for job_id in ids}) == 2, ids
 
 
 # ------------------------------------------------------------------------------------------------ a sampler
