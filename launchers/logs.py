@@ -373,8 +373,13 @@ def snapshot(look: runs.Look, row: dict[str, Any], attempt: int | None) -> why.S
     target = target_of(look, attempt)
     out, err = target.read(100_000, None, EXPLAINED)
     end = target.attempt.end or {}
+    until = [event for event in look.story.events if event["time"] <= end.get("time", event["time"])]
+    saved = [event["step"] for event in until if event["event"] == "checkpoint_saved"]
+    asked = [event for event in until if event["event"] == "asked" and event["time"] >= (target.attempt.started or 0)]
     return dataclasses.replace(
-        base, attempt=attempt, job_id=target.attempt.job_id, nodes=target.attempt.nodes,
+        base, checkpoint_step=max(saved, default=0), attempt=attempt,
+        asked=f"{asked[-1]['what']}, by {asked[-1]['user']}" if asked else None,
+        job_id=target.attempt.job_id, nodes=target.attempt.nodes,
         running=target.attempt.end is None, outcome=end.get("outcome"), ended_for=end.get("reason"),
         action=end.get("action"), code=_whole(end.get("code")), gave_up=end.get("gave_up") is True,
         lost_nodes=_names(end.get("lost_nodes")), stop_signal=target.attempt.stop_signal, step=_whole(end.get("step")),

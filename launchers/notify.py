@@ -60,7 +60,10 @@ def test(tokens: list[str]) -> list[dict[str, Any]]:
     cfg = Composer().config([rewrite(token) for token in tokens])
     check_notify(cfg)
     if not cfg.notify.webhook and cfg.notify.mail is None:
-        raise ConfigError("notify", "off", "nobody is told anything", "notify.webhook=true, or notify.mail=<address>")
+        raise ConfigError(
+            "notify.webhook", "false", "and no notify.mail: nobody is told anything",
+            f"notify.webhook=true with {notify.ADDRESS} exported, or notify.mail=<address>",
+        )  # fmt: skip
     if cfg.notify.webhook and not os.environ.get(notify.ADDRESS):
         raise ConfigError("notify.webhook", "true", f"{notify.ADDRESS} is not set", f"export {notify.ADDRESS}=...")
     title = f"a test from {os.uname().nodename}: messages about runs arrive here"

@@ -123,6 +123,8 @@ def _job_of(
     """
     own = [*known.get(run.folder, ()), *known.get(run.job_id or "", ())]
     own.sort(key=lambda job: (job.job_id != run.job_id, queued(job), len(job.job_id), job.job_id))
+    if own and queued(own[0]) and _unwanted(run, own[0]):  # it is to go: one that runs has the run
+        own.sort(key=queued)
     return (own[0], own[1:]) if own else (None, [])
 
 
@@ -166,7 +168,8 @@ def plan(snapshot: Snapshot) -> list[Finding]:
         before = len(lost)
         for run in snapshot.runs:
             job, _others = jobs[run.folder]
-            if run.here and not run.done and run.folder not in lost and queued(job) and job is not None:
+            ours = run.here and not run.done and not run.local and not run.elsewhere and run.folder not in lost
+            if ours and job is not None and queued(job):
                 gone = [up for up in run.upstream if up in lost] or (["itself"] if _unwanted(run, job) else [])
                 if gone and _allowed(job, snapshot):
                     lost.add(run.folder)
@@ -174,10 +177,15 @@ def plan(snapshot: Snapshot) -> list[Finding]:
             break
     for run in snapshot.runs:
         job, _others = jobs[run.folder]
-        if run.here and run.folder not in lost and not run.elsewhere and not run.local:
+        if run.elsewhere or run.local:  # a job of this cluster's is not what its ledger tells of
+            continue
+        if run.here and run.folder not in lost:
             found += _adopted(run, job, snapshot)
         if run.here and not run.done and job is not None and queued(job):
-            found += _waiting(run, job, runs, jobs, lost, silent, snapshot)
+            wrong = _waiting(run, job, runs, jobs, lost, silent, snapshot)
+            found += wrong
+            if run.running and any(finding.act is not None and finding.act.do == "cancel" for finding in wrong):
+                found += _vanished(run, None)  # its last attempt has no end in the ledger either
     found += _orphans(snapshot, live)
     found += [
         Finding("leftover", path, "a temporary file of a command that died", "remove it", Act("unlink", path))

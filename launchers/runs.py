@@ -146,6 +146,9 @@ def _list(folder: Path) -> list[Path]:
 def find_pipelines(output_base: Path, names: list[str]) -> list[Path]:
     """The folders of these pipelines, or of all. Raises LaunchError where one does not exist."""
     if not output_base.is_dir():
+        if output_base == Path("outputs"):
+            fix = "python -m launchers.pipeline first, or paths.output_base=FOLDER where that was"
+            raise LaunchError("nothing was run here yet: there is no folder outputs", fix)
         raise LaunchError(f"paths.output_base={output_base}: no such folder", _nearest(output_base))
     if names:
         for name in names:
@@ -614,7 +617,7 @@ def which(settings: list[str], command: str) -> tuple[Path, list[str]]:
     output_base, names, sweeps = Path("outputs"), [], []
     for setting in settings:
         name, equals, value = setting.partition("=")
-        if name == "run_name" and value:
+        if name == "run_name" and value.strip(","):
             names.append(value)
         elif name == "sweep" and value:
             sweeps.append(value)
@@ -633,11 +636,15 @@ def choose(words: list[str], command: str, newest: bool = False) -> list[Look]:
     Without a stage, all runs of the pipelines. Without a pipeline, the one that has these stages; `newest`: where
     several have them, the one that was touched last. Raises LaunchError where nothing, or not one pipeline, is meant.
     """
-    given = [word for word in dict.fromkeys(words) if word]
+    for word in words:
+        if not word.strip().strip("/"):  # of an unset variable in a script: not "all"
+            raise LaunchError(f"{word!r}: not a run", "a stage, pipeline/stage, or run_name=NAME for all of a pipeline")
+    given = list(dict.fromkeys(words))
     settings = [w for w in given if w.startswith(("run_name=", "paths.output_base=")) or ("=" in w and "/" not in w)]
-    pairs = [tuple(w.rsplit("/", 1)) for w in given if "/" in w and w not in settings]  # a point's name may hold a '='
-    stages = [w for w in given if "/" not in w and w not in settings]
     output_base, names = which(settings, command)
+    given = [_short(w, output_base) for w in given if w not in settings]
+    pairs = [tuple(w.rsplit("/", 1)) for w in given if "/" in w]  # a point's name may hold a '='
+    stages = [w for w in given if "/" not in w]
     if pairs and stages and not names:
         names = list(dict.fromkeys(name for name, _ in pairs))
         if len(names) > 1:
@@ -647,14 +654,14 @@ def choose(words: list[str], command: str, newest: bool = False) -> list[Look]:
     for name, stage in pairs:
         (folder,) = find_pipelines(output_base, [name])
         found.setdefault(folder, looks_of(folder))
-        _check_stages([stage], found[folder], f"run_name={name}")
+        _check_stages([stage], found[folder], f"run_name={name}", output_base)
         wanted.setdefault(folder, set()).add(stage)
     if names or not pairs:
         folders = find_pipelines(output_base, names)
         found |= {folder: looks_of(folder) for folder in folders if folder not in found}
         if names:
             for folder in folders:
-                _check_stages(stages, found[folder], f"run_name={folder.name}")
+                _check_stages(stages, found[folder], f"run_name={folder.name}", output_base)
         else:
             folders = _having(stages, {folder: found[folder] for folder in folders}, output_base, newest)
         for folder in folders:
@@ -665,13 +672,21 @@ def choose(words: list[str], command: str, newest: bool = False) -> list[Look]:
     return chosen
 
 
+def _short(word: str, output_base: Path) -> str:
+    """A run's directory as `<pipeline>/<stage>`; any other word as it is."""
+    path, base = Path(word).absolute(), output_base.absolute()
+    if "/" in word and path.is_dir() and path != base and path.is_relative_to(base):
+        return str(path.relative_to(base))
+    return word.rstrip("/")
+
+
 def _having(stages: list[str], found: Mapping[Path, list[Look]], output_base: Path, newest: bool) -> list[Path]:
     """The one pipeline that has all of these stages. Raises LaunchError where there is none, or more than one."""
     having = [folder for folder, looks in found.items() if {look.name for look in looks} >= set(stages)]
     if not having:
         if not found:
             raise LaunchError(f"no runs in {output_base}")
-        _check_stages(stages, [look for looks in found.values() for look in looks], str(output_base))
+        _check_stages(stages, [look for looks in found.values() for look in looks], str(output_base), output_base)
         raise LaunchError(f"{', '.join(stages)}: no pipeline of {output_base} has all of these")
     if len(having) > 1 and not newest:
         several = ", ".join(f"run_name={folder.name}" for folder in having)
@@ -680,10 +695,12 @@ def _having(stages: list[str], found: Mapping[Path, list[Look]], output_base: Pa
     return having[-1:]
 
 
-def _check_stages(stages: list[str], looks: list[Look], where: str) -> None:
+def _check_stages(stages: list[str], looks: list[Look], where: str, output_base: Path) -> None:
     there = list(dict.fromkeys(look.name for look in looks))
     missing = next((stage for stage in stages if stage not in there), None)
     if missing is not None:
         close = difflib.get_close_matches(missing, there, n=1)
         fix = f"did you mean '{close[0]}'?" if close else f"one of: {', '.join(there)}" if there else None
+        if (output_base / missing).is_dir():
+            fix = f"run_name={missing} for all of that pipeline, or {missing}/<stage>"
         raise LaunchError(f"{missing}: no such stage in {where}", fix)

@@ -454,7 +454,7 @@ def main(argv: list[str] | None = None) -> int:
             print(show(arguments, *_terminal()))
         sys.stdout.flush()
     except LaunchError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 0 if "--watch" in " ".join(sys.argv if argv is None else argv) else 130

@@ -137,6 +137,8 @@ class _Scene:
 
     def not_for_us(self, look: Look) -> str | None:
         """Why this run is none of ours to steer; None where it is."""
+        if look.config_problem:  # nor is it known which cluster has its job
+            return f"left alone: {look.config_problem}"
         job = self.job(look)
         if isinstance(job, slurm.JobRecord) and (user := self.owners.get(job.job_id, me())) != me():
             return f"job {job.job_id} is {user}'s: only {user} can {self.command} it"
@@ -585,7 +587,7 @@ def parse_arguments(command: str, argv: list[str]) -> argparse.Namespace:
 
 def own_runs(looks: list[Look], words: Sequence[str]) -> list[Look]:
     """Without those that other pipelines made, unless their stages are named."""
-    named = {word.rpartition("/")[2] for word in words}
+    named = {word.rstrip("/").rpartition("/")[2] for word in words}
     return [look for look in looks if look.name in named or look.run.root.parent.name == look.pipeline]
 
 

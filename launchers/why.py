@@ -44,8 +44,9 @@ class Snapshot:
     code: int | None = None
     gave_up: bool = False
     stop_signal: str | None = None
+    asked: str | None = None  # what a user asked for while it ran, and who: "hold, by ann"
     step: int | None = None  # last step that it did
-    checkpoint_step: int = 0  # newest complete checkpoint of the run
+    checkpoint_step: int = 0  # newest complete checkpoint of the run when the attempt ended
     error: str | None = None  # slurm/error-N: what the first rank that failed says
     lines: tuple[Line, ...] = ()  # the end of its output, both streams
     stacks: Mapping[int, str] = field(default_factory=dict)  # by rank, of a hang
@@ -617,9 +618,12 @@ def _what(seen: Snapshot, kind: str, pattern: Pattern | None, error: str | None,
     if kind == "node_lost":
         return seen.ended_for or f"lost {_some(seen.lost_nodes) or 'a node'}"
     if kind == "planned_stop":
-        return "it was asked to save before its wall time" + (f"; {seen.ended_for}" if seen.ended_for else ", and did")
+        asked = f"it was asked to save and leave ({seen.asked})" if seen.asked else ""
+        asked = asked or "it was asked to save before its wall time"
+        return asked + (f"; {seen.ended_for}" if seen.ended_for else ", and did")
     if kind in ("stopped", "preempted", "cancelled"):
-        usual = {"stopped": "somebody asked it to", "preempted": "SLURM gave its nodes to a job that comes first",
+        usual = {"stopped": f"a user asked it to ({seen.asked})" if seen.asked else "somebody asked it to",
+                 "preempted": "SLURM gave its nodes to a job that comes first",
                  "cancelled": "scancel"}[kind]  # fmt: skip
         return f"{usual}; {seen.ended_for}" if seen.ended_for and seen.ended_for not in usual else usual
     if kind == "vanished":
@@ -641,7 +645,7 @@ def _follows(seen: Snapshot, kind: str) -> str:
         match = re.search(r"gave up after .*", seen.ended_for or "")
         return f"The run {match[0]}." if match else "The run gave up, and its dependents were cancelled."
     if seen.attempt is not None and seen.attempt < seen.attempts:
-        return f"Attempt {seen.attempt + 1} went on from there."
+        return f"Attempt {seen.attempt + 1} " + ("went on from there." if seen.checkpoint_step else "began anew.")
     if seen.action == "requeue" and seen.state not in ("failed", "cancelled"):
         return "It was requeued under the same id" + (f": {seen.reason}." if seen.reason else ".")
     if seen.action == "requeue":
@@ -738,6 +742,8 @@ def _no_failure(seen: Snapshot, kind: str) -> Explanation:
         do = [f"see why: python -m launchers.logs {target} --why", "mend that, then the same command again"]
     elif kind in ("vanished", "cancelled"):
         do = ["to start it: the command that submitted it again"]
+    elif seen.state == "unknown":
+        do = ["mend what is named there, or ask its owner; nothing else is known of it"]
     elif kind == "waiting" and "never" in (seen.reason or ""):
         do = ["the command that submitted it again mends the chain"]
     elif kind == "waiting":

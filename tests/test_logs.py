@@ -743,3 +743,11 @@ def test_ranks_and_attempts_on_slurm_and_following_across_a_requeue(devcluster: 
     assert {line["rank"] for line in facts["lines"]} >= {0, 1} and facts["attempts_marked"]
     assert not any("in 2" in line["text"] for line in facts["lines"])
     assert ATTEMPT_MARK.findall(run.stderr(job_id).read_text())[0][1:3] == (job_id, "2")
+
+
+def test_an_attempt_that_a_user_asked_to_leave_is_told_as_such() -> None:
+    told = explain(
+        ended("", "stopped", 124, asked="hold, by ann", checkpoint_step=0, step=None, attempt=1, stop_signal="USR1")
+    )
+    assert "asked to save and leave (hold, by ann)" in told.words and "began anew" in told.words, told.words
+    assert "wall time" not in told.words

@@ -466,7 +466,7 @@ def test_the_command_sends_a_test(
     assert command.main(["--test", "cluster=local", "notify.webhook=true", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)[0]["ways"] == {"webhook": "HTTP 403 ok"}
     assert command.main(["--test", "cluster=local"]) == 2
-    assert "notify=off: nobody is told anything" in capsys.readouterr().err
+    assert "and no notify.mail: nobody is told anything" in capsys.readouterr().err
     monkeypatch.delenv(notify.ADDRESS)
     assert command.main(["--test", "cluster=local", "notify.webhook=true"]) == 2
     assert "POST_TRAINING_WEBHOOK is not set" in capsys.readouterr().err

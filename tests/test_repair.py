@@ -178,6 +178,8 @@ def broken(draw: st.DrawFn) -> Snapshot:
     for number, name in enumerate(names):
         running = draw(st.booleans())
         job_id = draw(st.none() | ids)
+        if job_id in {run.job_id for run in found}:  # a job is one run's
+            job_id = None
         found.append(
             a_run(
                 name, job_id, *draw(st.sets(st.sampled_from(names[:number]))) if number else (),

@@ -508,7 +508,7 @@ def test_runs_are_frozen_with_their_commit(tmp_path: Path) -> None:
 
     run = RunDirectory(tmp_path / "sft")
     run.create()
-    submit._write_code(run, submit.snapshot())
+    submit.Code().write(run)
     commit = environment.commit_of(ROOT)
     said = environment.describe(run.code)
     assert (said.get("commit"), said.get("changed")) == ((None, None) if commit is None else (

@@ -45,6 +45,21 @@ def meant(base: Path, *words: str, newest: bool = False) -> list[str]:
     return [f"{look.pipeline}/{look.name}" for look in choose([*words, f"paths.output_base={base}"], "x", newest)]
 
 
+@pytest.mark.parametrize("words", [("",), ("", "run_name=a"), ("/",), ("run_name=,",)])
+def test_an_empty_word_is_no_run_and_never_all_of_them(tmp_path: Path, words: tuple[str, ...]) -> None:
+    """As an unset variable of a script makes it."""
+    pipeline(tmp_path / "a", "sft", "dpo")
+    with pytest.raises(LaunchError, match=r"not a run|not a setting|no value"):
+        meant(tmp_path, *words)
+
+
+def test_a_run_may_be_named_by_its_folder(tmp_path: Path) -> None:
+    pipeline(tmp_path / "a", "sft", "dpo")
+    assert meant(tmp_path, f"{tmp_path}/a/sft/") == meant(tmp_path, "a/sft/") == ["a/sft"]
+    with pytest.raises(LaunchError, match=r"run_name=a for all of that pipeline"):
+        meant(tmp_path, "a")
+
+
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     pipeline(tmp_path / "full", "base", "sft", "dpo")
