@@ -27,8 +27,7 @@ from pathlib import Path
 from launchers import site, slurm, table
 from launchers.errors import LaunchError
 from launchers.local import owned
-from launchers.runs import Look, find_pipelines, looks_of, real, which
-from launchers.runs import _conf as conf_of
+from launchers.runs import Look, conf_of, find_pipelines, looks_of, real, which
 from launchers.states import is_local
 from launchers.steer import held, queued, refresh
 from post_training.run import ledger, life, manifest

@@ -108,7 +108,7 @@ class Look:
         self.config, self.config_problem = self.files("config", self.run.config, lambda: _read_config(self.run.config))
         self.story = self.files("story", self.run.ledger, lambda: table.read_history(self.run))
         model = self.run.model
-        self.output_problem = self.files("output", model / manifest.NAME, lambda: _output_problem(model), model)
+        self.output_problem = self.files("output", model / manifest.NAME, lambda: output_problem(model), model)
         return self
 
 
@@ -122,7 +122,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], str | None]:
     return (config, None) if isinstance(config, dict) else ({}, "config.yaml is damaged: no mapping")
 
 
-def _output_problem(folder: Path) -> str | None:
+def output_problem(folder: Path) -> str | None:
     try:
         return manifest.problem(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -248,9 +248,9 @@ def ask_slurm(looks: list[Look]) -> Jobs:
         if look.done or is_local(history):
             continue
         if history.job_id and _JOB_ID.fullmatch(history.job_id):
-            ids.setdefault(_conf(look), []).append(history.job_id)
+            ids.setdefault(conf_of(look), []).append(history.job_id)
         elif history.job_id is None and look.section("cluster").get("scheduler") == "slurm":
-            unnamed.setdefault(_conf(look), []).append(look)
+            unnamed.setdefault(conf_of(look), []).append(look)
     answers: Jobs = {}
     for conf in {**ids, **unnamed}:
         answer = slurm.jobs(everyone=True, conf=conf) if conf in unnamed else slurm.jobs(ids[conf], conf=conf)
@@ -268,15 +268,15 @@ def ask_accounting(looks: list[Look], jobs: Jobs) -> EndedJobs:
     """sacct's answers by slurm.conf, for the runs that are not done and whose jobs squeue does not show."""
     ids: dict[str | None, list[str]] = {}
     for look in looks:
-        job_id, answer = look.story.history.job_id, jobs.get(_conf(look))
+        job_id, answer = look.story.history.job_id, jobs.get(conf_of(look))
         if look.done or not job_id or not _JOB_ID.fullmatch(job_id) or is_local(look.story.history):
             continue
         if isinstance(answer, slurm.Unknown) or job_id not in (answer or {}):
-            ids.setdefault(_conf(look), []).append(job_id)
+            ids.setdefault(conf_of(look), []).append(job_id)
     return {conf: slurm.accounting(wanted, conf=conf) for conf, wanted in ids.items()}
 
 
-def _conf(look: Look) -> str | None:
+def conf_of(look: Look) -> str | None:
     conf = look.section("cluster").get("slurm_conf")
     return conf if isinstance(conf, str) and conf else None
 
@@ -297,7 +297,7 @@ def rows_of(looks: list[Look], jobs: Jobs, now: float, ended: EndedJobs | None =
         if after is None:
             after = tuple(dict.fromkeys(by_folder[path] for path in look.inputs().values() if path in by_folder))
         waits_for = tuple(name for name in after if name in undone)
-        answer = jobs.get(_conf(look))
+        answer = jobs.get(conf_of(look))
         if history.job_id and not _JOB_ID.fullmatch(history.job_id):
             answer = slurm.Unknown(f"{history.job_id} is no job id of SLURM's")
         job = answer if isinstance(answer, slurm.Unknown) else (answer or {}).get(history.job_id or "")
@@ -321,7 +321,7 @@ def rows_of(looks: list[Look], jobs: Jobs, now: float, ended: EndedJobs | None =
         start = start_of(record)
         if start is not None:
             reason = f"{reason}; {expected(start, now)}" if reason else expected(start, now)
-        kept = (ended or {}).get(_conf(look))
+        kept = (ended or {}).get(conf_of(look))
         past: slurm.Ended | None = None
         if isinstance(kept, slurm.Unknown) and state not in ("done", "gated") and record is None and history.job_id:
             reason = f"{reason or state} ({kept.why})"

@@ -23,9 +23,7 @@ from pathlib import Path
 from launchers import site, slurm, table
 from launchers.errors import LaunchError
 from launchers.local import owned, shell_of
-from launchers.runs import Look, ask_slurm, choose, real, rows_of
-from launchers.runs import _conf as conf_of
-from launchers.runs import _output_problem as output_problem
+from launchers.runs import Look, ask_slurm, choose, conf_of, output_problem, real, rows_of
 from launchers.states import is_local, pending_reason
 from post_training.run import ledger, life
 from post_training.run.directory import RunDirectory

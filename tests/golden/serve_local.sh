@@ -13,8 +13,10 @@ export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 set -u
 cd "$SERVER_DIR" || exit 2
 
-# wait so many seconds: a sleep that leaves no process behind when its shell is killed
-pause() { read -rt "$1" <> <(:); }
+# wait so many seconds: a sleep that leaves no process behind when its shell is killed; a pipe made once, since bash 5.2
+# drops a trap whose signal comes while it reads <( )
+exec {never}<> <(:)
+pause() { read -rt "$1" -u "$never"; }
 # shellcheck disable=SC2188  # the redirection alone connects
 taken() { (<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
 # the first port from this one on that nobody listens on: others may share the node
